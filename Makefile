@@ -1,0 +1,48 @@
+# Every target sets itself up from nothing: the virtual environment is made when constraints.txt or
+# setup.py is newer than it. `make gpu` alone uses the Python it finds, because a GPU machine brings its own
+# torch and triton and may have no network.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help train test test-full lint bench resources mutants gpu clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(READY): setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+train: $(READY)  ## train SimpleNN on the handwritten digits
+	$(BIN)/fusednn train
+
+test: $(READY)  ## the tests, under 8 minutes on two cores
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-full: $(READY)  ## what takes longer: the rest of the tests, under 40 minutes on two cores
+	$(BIN)/python -m pytest -n 2 -m slow
+
+lint: $(READY)  ## ruff, mypy --strict, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(READY)  ## the benchmarks that this machine can run, and the traffic table
+	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/python -m bench.traffic
+
+resources: $(READY)  ## registers, spills and instructions of every kernel, compiled ahead of time
+	$(BIN)/python -m bench.resources --check
+
+mutants: $(READY)  ## break each kernel on purpose; fails if the tests let one breakage live
+	$(BIN)/python -m tests.mutants
+
+gpu:  ## on a GPU: the tests marked gpu, then the benchmarks, within 9 minutes
+	$(PYTHON) -m bench.gpu
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) *.egg-info build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .benchmarks

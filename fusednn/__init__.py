@@ -1,0 +1,24 @@
+"""Drop-in PyTorch layers and loss for small networks, fused in Triton kernels.
+
+    from fusednn import SimpleNN, CrossEntropyLoss
+
+Importing this asks no driver anything and needs neither a GPU nor Triton; the kernels are imported at their first use.
+"""
+
+from . import functional
+from .dispatch import Decision, FallbackError, explain, strict
+from .modules import CrossEntropyLoss, Linear, LinearReLU, SimpleNN
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CrossEntropyLoss",
+    "Decision",
+    "FallbackError",
+    "Linear",
+    "LinearReLU",
+    "SimpleNN",
+    "explain",
+    "functional",
+    "strict",
+]

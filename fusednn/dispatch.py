@@ -1,0 +1,118 @@
+"""Who serves a call, decided in one place: the compiled Triton kernels, the same kernels in the Triton interpreter,
+or PyTorch's own operators. :func:`explain` tells, :func:`strict` forbids the last.
+"""
+
+import importlib.util
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+# Read once, as Triton reads it when a kernel is decorated: the two must not disagree later.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+_DEVICES = ("cuda", "xpu")  # ROCm's devices are called cuda
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Decision(NamedTuple):
+    """Which implementation served an operation, and why."""
+
+    operation: str
+    implementation: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.operation}: {self.implementation} ({self.reason})"
+
+
+class FallbackError(RuntimeError):
+    """PyTorch would have served an operation inside :func:`strict`."""
+
+
+class _Watch(threading.local):
+    """What this thread asked to be told: the list that explain fills, and the depth of strict."""
+
+    decisions: list[Decision] | None = None
+    strict: int = 0
+    active: bool = False
+
+
+_watch = _Watch()
+
+
+def serves(operation: str, x: torch.Tensor) -> bool:
+    """Whether the Triton kernels serve `operation` on `x`, its first argument; else PyTorch's operators do.
+
+    Raises FallbackError inside :func:`strict` if they do not.
+    """
+    triton = (INTERPRETED or not x.is_cpu) and _reason_against(x) is None
+    if _watch.active:
+        _tell(operation, x, triton)
+    return triton
+
+
+def _reason_against(x: torch.Tensor) -> str | None:
+    """Why PyTorch serves `x`, or None if Triton does."""
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if x.is_cpu and not INTERPRETED:
+        return "CPU tensor, and TRITON_INTERPRET=1 is not set"
+    if not x.is_cpu and x.device.type not in _DEVICES:
+        return f"no Triton backend for device type {x.device.type}"
+    if x.dtype not in _DTYPES:
+        return f"no kernel for {x.dtype}"
+    if x.layout != torch.strided:
+        return f"no kernel for the layout {x.layout}"
+    return None
+
+
+def _tell(operation: str, x: torch.Tensor, triton: bool) -> None:
+    if triton:
+        decision = Decision(operation, "Triton interpreter" if x.is_cpu else "Triton", f"{x.device}, {x.dtype}")
+    else:
+        decision = Decision(operation, "PyTorch", str(_reason_against(x)))
+    note(decision)
+
+
+def note(decision: Decision) -> None:
+    """Report `decision` to :func:`explain` and :func:`strict`, where either is active.
+
+    Raises FallbackError inside :func:`strict` if PyTorch serves.
+    """
+    if _watch.decisions is not None:
+        _watch.decisions.append(decision)
+    if _watch.strict and decision.implementation == "PyTorch":
+        raise FallbackError(str(decision))
+
+
+def explain(fn: Callable[..., Any], *inputs: Any, **kwargs: Any) -> tuple[Decision, ...]:
+    """Run ``fn(*inputs, **kwargs)`` without gradients and tell which implementation served each operation, and why.
+
+    `fn` is a function or a module; the decisions come in the order of the calls, and each prints as one line.
+    """
+    outer, _watch.decisions = _watch.decisions, []
+    _watch.active = True
+    try:
+        with torch.no_grad():
+            fn(*inputs, **kwargs)
+        return tuple(_watch.decisions)
+    finally:
+        _watch.decisions = outer
+        _watch.active = outer is not None or _watch.strict > 0
+
+
+@contextmanager
+def strict() -> Iterator[None]:
+    """Within it, an operation that PyTorch would serve raises FallbackError before it runs."""
+    _watch.strict += 1
+    _watch.active = True
+    try:
+        yield
+    finally:
+        _watch.strict -= 1
+        _watch.active = _watch.decisions is not None or _watch.strict > 0

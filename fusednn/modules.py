@@ -1,0 +1,82 @@
+"""The modules: drop-in for nn.Linear, nn.Linear with a ReLU, nn.CrossEntropyLoss, and the textbook SimpleNN."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from . import dispatch, functional
+
+
+class Linear(nn.Linear):
+    """nn.Linear, same parameters and initial values, served by :func:`fusednn.functional.linear`."""
+
+    def forward(self, input: Tensor, relu: bool = False) -> Tensor:
+        """x Wᵀ + b [*, out_features] of input [*, in_features]; with `relu`, the ReLU of it in the same kernel."""
+        operation = functional.linear_relu if relu else functional.linear
+        return operation(input, self.weight, self.bias)
+
+
+class LinearReLU(nn.Linear):
+    """relu(nn.Linear(x)), same parameters and initial values, served by :func:`fusednn.functional.linear_relu`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """relu(x Wᵀ + b) [*, out_features] of input [*, in_features]."""
+        return functional.linear_relu(input, self.weight, self.bias)
+
+
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    """nn.CrossEntropyLoss, same arguments, served by :func:`fusednn.functional.cross_entropy`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of logits `input` [N, C] or [C] and class indices `target` [N] or []."""
+        return functional.cross_entropy(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
+
+
+class SimpleNN(nn.Module):
+    """The textbook network, Linear, ReLU, Linear, with the first two fused.
+
+    `fc1`, `relu` and `fc2` are real modules. The fused layer runs through the call of `fc1`, so its pre-hooks fire.
+    Where a user could tell that `relu` did not run by itself (a hook on it, or one on fc1 that sees its output, or
+    another module in the place of either), the three run one by one, and `explain` says so.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        output_size: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Weights [hidden_size, input_size] and [output_size, hidden_size], initialised as nn.Linear does."""
+        super().__init__()
+        self.fc1: nn.Module = Linear(input_size, hidden_size, bias, device, dtype)
+        self.relu: nn.Module = nn.ReLU()
+        self.fc2: nn.Module = Linear(hidden_size, output_size, bias, device, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [*, output_size] of x [*, input_size]."""
+        if _fusible(self.fc1, self.relu):
+            hidden = self.fc1(x, relu=True)
+        else:
+            dispatch.note(dispatch.Decision("relu", "PyTorch", "fc1 or relu has hooks or was replaced"))
+            hidden = self.relu(self.fc1(x))
+        logits: Tensor = self.fc2(hidden)
+        return logits
+
+
+def _fusible(fc: nn.Module, relu: nn.Module) -> bool:
+    """Whether fc(x, relu=True) does all that relu(fc(x)) does: hooks of either module, or of all, would tell."""
+    if type(relu) is not nn.ReLU or type(fc).forward is not Linear.forward or "forward" in fc.__dict__:
+        return False
+    seen_by_fc = fc._forward_hooks or fc._backward_hooks or fc._backward_pre_hooks
+    seen_by_relu = relu._forward_pre_hooks or relu._forward_hooks or relu._backward_hooks or relu._backward_pre_hooks
+    return not (seen_by_fc or seen_by_relu or "forward" in relu.__dict__ or _has_any_global_hook())

@@ -1,0 +1,143 @@
+"""act(x Wᵀ + b) on matrices: three operators and the autograd.Functions that close them under differentiation.
+
+With m the ReLU's mask, all ones without it, g = m ∘ dy:
+
+    linear        y  = act(x Wᵀ + b)       d(x, W, b) = input_grad(dy, y, W), weight_grad(dy, y, x)
+    input_grad    dx = g W                 d(dy, W)   = m ∘ (ddx Wᵀ),            weight_grad(dy, y, ddx)
+    weight_grad   dW = gᵀ x, db = Σ g      d(dy, x)   = m ∘ (x ddWᵀ + ddb),      input_grad(dy, y, ddW)
+
+so derivatives of every order run on the same three kernels. The mask is read off y and has no derivative.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .registry import define, kernels, needs_graph, recorded
+
+
+def _weight_grad_fake(dy: Tensor, y: Tensor | None, x: Tensor, needs_dw: bool, needs_db: bool) -> tuple[Tensor, Tensor]:
+    n, k = dy.shape[1], x.shape[1]
+    return dy.new_empty((n, k) if needs_dw else (0,)), dy.new_empty((n if needs_db else 0,))
+
+
+_linear: Callable[..., Tensor] = define(
+    "linear(Tensor x, Tensor w, Tensor? b, bool relu) -> Tensor",
+    lambda x, w, b, relu: kernels("linear").linear_forward(x, w, b, relu),
+    lambda x, w, b, relu: x.new_empty((x.shape[0], w.shape[0])),
+)
+_linear_input_grad: Callable[..., Tensor] = define(
+    "linear_input_grad(Tensor dy, Tensor? y, Tensor w) -> Tensor",
+    lambda dy, y, w: kernels("linear").linear_input_grad(dy, y, w),
+    lambda dy, y, w: dy.new_empty((dy.shape[0], w.shape[1])),
+)
+_linear_weight_grad: Callable[..., tuple[Tensor, Tensor]] = define(
+    "linear_weight_grad(Tensor dy, Tensor? y, Tensor x, bool needs_dw, bool needs_db) -> (Tensor, Tensor)",
+    lambda dy, y, x, needs_dw, needs_db: kernels("linear").linear_weight_grad(dy, y, x, needs_dw, needs_db),
+    _weight_grad_fake,
+)
+
+
+def linear(x: Tensor, w: Tensor, b: Tensor | None, relu: bool) -> Tensor:
+    """act(x Wᵀ + b) [M, N] of x [M, K], w [N, K] and b [N] or None, of one dtype and device."""
+    return (_record_linear if needs_graph(x, w, b) else _linear)(x, w, b, relu)
+
+
+def input_grad(dy: Tensor, y: Tensor | None, w: Tensor) -> Tensor:
+    """dx [M, K] of dy [M, N] and w [N, K]; y [M, N] is the output behind a ReLU, None without one."""
+    return (_record_input_grad if needs_graph(dy, w) else _linear_input_grad)(dy, y, w)
+
+
+def weight_grad(
+    dy: Tensor, y: Tensor | None, x: Tensor, needs_dw: bool = True, needs_db: bool = True
+) -> tuple[Tensor, Tensor]:
+    """dW [N, K] and db [N] of dy [M, N] and x [M, K]; what is not needed has no elements."""
+    call = _record_weight_grad if needs_graph(dy, x) else _linear_weight_grad
+    return call(dy, y, x, needs_dw, needs_db)
+
+
+def _mask(gradient: Tensor, y: Tensor | None) -> Tensor:
+    return gradient if y is None else torch.where(y <= 0, 0, gradient)
+
+
+class Linear(torch.autograd.Function):
+    """y = act(x Wᵀ + b). Saves x and W as the gradients asked for need them, and y behind a ReLU."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, w: Tensor, b: Tensor | None, relu: bool) -> Tensor:
+        return _linear(x, w, b, relu)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, w, _, relu = inputs
+        needs_dx, needs_dw, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_dw else None, w if needs_dx else None, output if relu else None)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, y = ctx.saved_tensors
+        needs_dx, needs_dw, needs_db, _ = ctx.needs_input_grad
+        dx = input_grad(dy, y, w) if needs_dx else None
+        dw = db = None
+        if needs_dw or needs_db:
+            dw, db = weight_grad(dy, y, dy if x is None else x, needs_dw, needs_db)
+        return dx, dw if needs_dw else None, db if needs_db else None, None
+
+
+class InputGrad(torch.autograd.Function):
+    """dx = (m ∘ dy) W."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(dy: Tensor, y: Tensor | None, w: Tensor) -> Tensor:
+        return _linear_input_grad(dy, y, w)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
+        dy, y, w = ctx.saved_tensors
+        needs_dy, _, needs_w = ctx.needs_input_grad
+        d_dy = _mask(linear(ddx, w, None, False), y) if needs_dy else None
+        d_w = weight_grad(dy, y, ddx, True, False)[0] if needs_w else None
+        return d_dy, None, d_w
+
+
+class WeightGrad(torch.autograd.Function):
+    """dW = (m ∘ dy)ᵀ x and db = Σ_m (m ∘ dy)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(dy: Tensor, y: Tensor | None, x: Tensor, needs_dw: bool, needs_db: bool) -> tuple[Tensor, Tensor]:
+        return _linear_weight_grad(dy, y, x, needs_dw, needs_db)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        dy, y, x, ctx.has_dw, ctx.has_db = inputs
+        ctx.save_for_backward(dy, y, x)
+
+    @staticmethod
+    def backward(ctx: Any, ddw: Tensor, ddb: Tensor) -> tuple[Tensor | None, ...]:
+        dy, y, x = ctx.saved_tensors
+        needs_dy, _, needs_x, *_ = ctx.needs_input_grad
+        d_dy = d_x = None
+        if needs_dy and ctx.has_dw:
+            d_dy = _mask(linear(x, ddw, ddb if ctx.has_db else None, False), y)
+        elif needs_dy:
+            d_dy = _mask(ddb.expand_as(dy), y)
+        if needs_x and ctx.has_dw:
+            d_x = input_grad(dy, y, ddw)
+        return d_dy, None, d_x, None, None
+
+
+_record_linear: Callable[..., Tensor] = recorded(Linear)
+_record_input_grad: Callable[..., Tensor] = recorded(InputGrad)
+_record_weight_grad: Callable[..., tuple[Tensor, Tensor]] = recorded(WeightGrad)

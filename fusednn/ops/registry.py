@@ -1,0 +1,97 @@
+"""How an operator is registered, called and differentiated: the part that every operation shares.
+
+An operator is defined with `torch.library`, so that torch.compile, export, fake tensors and vmap see one opaque call,
+and differentiated by a `torch.autograd.Function` outside it: `register_autograd` would break torch.func.grad.
+"""
+
+import importlib
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+_library = torch.library.Library("fusednn", "DEF")
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # by autograd.grad(..., is_grads_batched=True)
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+@cache
+def kernels(name: str) -> ModuleType:
+    """The module `fusednn.kernels.<name>`, imported at its first use: importing Triton takes a while."""
+    return importlib.import_module(f"fusednn.kernels.{name}")
+
+
+def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Register the operator ``fusednn::schema`` and return what calls it.
+
+    `implementation` runs on real tensors of any device, `fake` gives the shapes, strides and dtypes of its results. In
+    eager mode the implementation is called directly: PyTorch's dispatcher costs 3 us a call there and adds nothing.
+    """
+    name = _library.define(schema)
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fusednn::{name}", fake, lib=_library)
+    operator = getattr(torch.ops.fusednn, name).default
+
+    def call(*arguments: Any) -> Any:
+        return (implementation if eager(*arguments) else operator)(*arguments)
+
+    return call
+
+
+def eager(*arguments: Any) -> bool:
+    """Whether a call on `arguments` is plain eager PyTorch: nothing traces, transforms or overrides it."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or transforming():
+        return False
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor) and (type(argument) not in _PLAIN or _is_batched(argument)):
+            return False  # a subclass may have ideas of its own
+    return True
+
+
+def transforming() -> bool:
+    """Whether a torch.func transform (grad, vmap, ...) is active."""
+    active: bool = torch._C._are_functorch_transforms_active()
+    return active
+
+
+def needs_graph(*tensors: torch.Tensor | None) -> bool:
+    """Whether a call on `tensors` must be recorded: for autograd, a torch.func transform or forward-mode AD."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return transforming() or forward_ad._current_level >= 0
+
+
+def recorded(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """What applies `function`, which is written in the setup_context style that torch.func and compile need.
+
+    In eager mode a twin in the older style is applied: binding the signature of setup_context costs 13 us a call.
+    """
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = function.forward(*inputs)
+        function.setup_context(ctx, inputs, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
+    twin: Any = type(function.__name__, (torch.autograd.Function,), members)
+
+    def mark() -> None:
+        torch._dynamo.allow_in_graph(function)
+
+    # torch.compile runs a function so marked when it meets it, and does not trace it. It must take `function` as one
+    # call: traced into, it loses its gradient under torch.func.grad (all zero, with a warning). To import torch._dynamo
+    # beforehand, just to say so, would take a second.
+    mark._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def apply(*inputs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            mark()
+            return function.apply(*inputs)
+        return (function if transforming() else twin).apply(*inputs)
+
+    return apply

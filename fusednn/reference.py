@@ -1,0 +1,49 @@
+"""Every operation in plain PyTorch: what the tests hold the kernels to, what serves a plain CPU tensor, and what
+the benchmarks compare with. Imports nothing but torch.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b, as :func:`torch.nn.functional.linear`."""
+    return F.linear(input, weight, bias)
+
+
+def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """relu(x Wᵀ + b)."""
+    return torch.relu(F.linear(input, weight, bias))
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """:func:`torch.nn.functional.cross_entropy` of class indices, also of int8, int16 and int32 ones."""
+    if target.dtype in (torch.int8, torch.int16, torch.int32):
+        target = target.long()
+    return F.cross_entropy(
+        input, target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+    )
+
+
+class SimpleNN(nn.Module):
+    """The textbook network: Linear, ReLU, Linear."""
+
+    def __init__(self, input_size: int, hidden_size: int, output_size: int) -> None:
+        """Layers of shapes [hidden_size, input_size] and [output_size, hidden_size], initialised as nn.Linear."""
+        super().__init__()
+        self.fc1 = nn.Linear(input_size, hidden_size)
+        self.relu = nn.ReLU()
+        self.fc2 = nn.Linear(hidden_size, output_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [..., output_size] of x [..., input_size]."""
+        logits: Tensor = self.fc2(self.relu(self.fc1(x)))
+        return logits

@@ -1,0 +1,43 @@
+"""Device functions that the kernels share: which dtype sums run in, and bfloat16 in the interpreter.
+
+The Triton interpreter keeps a bfloat16 tile as raw 16-bit integers: arithmetic on it is meaningless and a
+conversion from float32 truncates. So a kernel reads through :func:`load` and writes through :func:`store`;
+compiled for a GPU both are the plain `tl` operation.
+"""
+
+import triton
+import triton.language as tl
+
+INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
+"""Whether the kernels of this process run in the Triton interpreter (TRITON_INTERPRET=1 at import)."""
+
+
+@triton.jit
+def load(pointers, mask, other=0.0):
+    """`tl.load` that hands out bfloat16 as float32 in the interpreter."""
+    tile = tl.load(pointers, mask=mask, other=other)
+    if INTERPRETED and tile.dtype == tl.bfloat16:
+        return tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
+def store(pointers, tile, mask):
+    """`tl.store` of a tile rounded once, to nearest even, to the dtype that `pointers` point to."""
+    dtype: tl.constexpr = pointers.dtype.element_ty
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = tile.to(tl.float32).to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        quiet_nan = (bits >> 16) | 0x40  # rounding up a NaN could carry it into infinity or zero
+        rounded = tl.where(tile == tile, rounded, quiet_nan)
+        tl.store(pointers, rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
+    else:
+        tl.store(pointers, tile.to(dtype), mask=mask)
+
+
+@triton.jit
+def sum_dtype(dtype: tl.constexpr):
+    """The dtype that sums over elements of `dtype` run in: float64 for float64, else float32."""
+    if dtype == tl.float64:
+        return tl.float64
+    return tl.float32

@@ -1,0 +1,47 @@
+"""Metadata of fusednn. Tool settings live in pyproject.toml, exact versions in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+
+extras = {
+    # the command line: `fusednn train`
+    "app": ["matplotlib>=3.8", "safetensors>=0.4", "scikit-learn>=1.4", "tqdm>=4.66"],
+    # the proof: tests and benchmarks
+    "test": ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.6", "numpy>=1.26"],
+    # the implementations that the benchmarks compare with
+    "peers": ["liger-kernel>=0.8"],
+    "lint": ["import-linter>=2.1", "mypy>=1.13", "pre-commit>=4", "ruff>=0.9"],
+}
+extras["dev"] = sorted({need for needs in extras.values() for need in needs})
+
+setup(
+    name="fusednn",
+    version="0.1.0",
+    description="Drop-in PyTorch layers and loss for small networks, fused in Triton kernels",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    # kernels/ is its own folder at the top of the repository and installs as fusednn.kernels through
+    # the link fusednn/kernels: a top-level package called `kernels` would overwrite Hugging Face's.
+    packages=["fusednn", "fusednn.app", "fusednn.kernels", "fusednn.ops"],
+    package_data={"fusednn": ["py.typed"]},
+    install_requires=["torch>=2.11", 'triton>=3.6; platform_system == "Linux"'],
+    extras_require=extras,
+    entry_points={"console_scripts": ["fusednn = fusednn.app.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

@@ -15,7 +15,6 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-_DEVICES = ("cuda", "xpu")  # ROCm's devices are called cuda
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -50,10 +49,10 @@ def serves(operation: str, x: torch.Tensor) -> bool:
 
     Raises FallbackError inside :func:`strict` if they do not.
     """
-    triton = (INTERPRETED or not x.is_cpu) and _reason_against(x) is None
     if _watch.active:
-        _tell(operation, x, triton)
-    return triton
+        _tell(operation, x)
+    on_device = INTERPRETED if x.is_cpu else x.is_cuda or x.is_xpu
+    return on_device and HAS_TRITON and x.dtype in _DTYPES and x.layout is torch.strided
 
 
 def _reason_against(x: torch.Tensor) -> str | None:
@@ -62,7 +61,7 @@ def _reason_against(x: torch.Tensor) -> str | None:
         return "Triton is not installed"
     if x.is_cpu and not INTERPRETED:
         return "CPU tensor, and TRITON_INTERPRET=1 is not set"
-    if not x.is_cpu and x.device.type not in _DEVICES:
+    if not (x.is_cpu or x.is_cuda or x.is_xpu):  # ROCm's devices are called cuda
         return f"no Triton backend for device type {x.device.type}"
     if x.dtype not in _DTYPES:
         return f"no kernel for {x.dtype}"
@@ -71,12 +70,12 @@ def _reason_against(x: torch.Tensor) -> str | None:
     return None
 
 
-def _tell(operation: str, x: torch.Tensor, triton: bool) -> None:
-    if triton:
-        decision = Decision(operation, "Triton interpreter" if x.is_cpu else "Triton", f"{x.device}, {x.dtype}")
+def _tell(operation: str, x: torch.Tensor) -> None:
+    reason = _reason_against(x)
+    if reason is None:
+        note(Decision(operation, "Triton interpreter" if x.is_cpu else "Triton", f"{x.device}, {x.dtype}"))
     else:
-        decision = Decision(operation, "PyTorch", str(_reason_against(x)))
-    note(decision)
+        note(Decision(operation, "PyTorch", reason))
 
 
 def note(decision: Decision) -> None:

@@ -38,7 +38,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
 
 def _linear(x: Tensor, w: Tensor, b: Tensor | None, relu: bool) -> Tensor:
-    kind = x.device.type
+    kind = "cpu" if x.is_cpu else x.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x, w, b = _autocast(x, dtype), _autocast(w, dtype), None if b is None else _autocast(b, dtype)
@@ -55,13 +55,16 @@ def _linear(x: Tensor, w: Tensor, b: Tensor | None, relu: bool) -> Tensor:
 
 
 def _linear_takes(x: Tensor, w: Tensor, b: Tensor | None) -> bool:
-    if not (isinstance(w, Tensor) and w.dim() == 2 and x.dim() > 0 and x.shape[-1] == w.shape[1]):
+    """Whether the arguments are ones that the kernels take; what is not is left to PyTorch."""
+    if not (isinstance(w, Tensor) and w.dim() == 2 and x.dim() and x.shape[-1] == w.shape[1]):
         return False
-    if not (w.dtype == x.dtype and w.device == x.device):
+    if x.dtype is not w.dtype or x.device != w.device:
         return False
     if b is None:
         return True
-    return isinstance(b, Tensor) and b.shape == w.shape[:1] and b.dtype == x.dtype and b.device == x.device
+    if not (isinstance(b, Tensor) and b.dim() == 1 and b.shape[0] == w.shape[0]):
+        return False
+    return b.dtype is x.dtype and b.device == x.device
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import LaunchConfig, cdiv, launch
+from .launch import Launch, LaunchConfig, cdiv, launch, plan
 from .numerics import load, store, sum_dtype
 
 
@@ -221,14 +221,37 @@ COUNT_CONFIG = SUM_CONFIG = LaunchConfig(1024, 1, num_warps=4)
 """Unmeasured, as all of them."""
 
 
-@lru_cache(maxsize=4096)
 def choose(classes: int, dtype: torch.dtype) -> tuple[LaunchConfig, bool]:
-    """The configuration of a forward over rows of `classes` logits, and whether a row is held whole on chip."""
+    """The configuration for rows of `classes` logits, and whether a program holds its rows whole on chip."""
     kind = "double" if dtype == torch.float64 else "float"
     for (block_m, block_n), num_warps in CONFIGS[kind].items():
         if classes <= block_n:
             return LaunchConfig(block_m, block_n, num_warps=num_warps), True
     return LONG_CONFIGS[kind], False
+
+
+@lru_cache(maxsize=4096)
+def plan_forward(
+    m: int, c: int, dtype: torch.dtype, reduction: str, label_smoothing: float, needs_grad: bool
+) -> tuple[Launch | None, Launch, Launch | None, bool]:
+    """The launches of a forward: the count of the labels, the rows and the sum; and whether rows fit on chip.
+
+    One program that has the whole batch counts and adds for itself, and without a reduction there is no need to.
+    """
+    config, on_chip = choose(c, dtype)
+    programs = cdiv(m, config.block_m)
+    alone = on_chip and programs == 1
+    shared = {"REDUCTION": reduction, "MOST_COUNTS": MOST_COUNTS}
+    flags = {"NEEDS_GRAD": needs_grad, "SMOOTHING": label_smoothing, "BLOCK_C": config.block_n}
+    if on_chip:
+        flags |= {"ONE_PROGRAM": alone, "BLOCK_M": config.block_m}
+    rows = plan(programs, config, **shared, **flags)
+    count = total = None
+    if reduction == "mean" and not alone:
+        count = plan(min(MOST_COUNTS, cdiv(m, COUNT_CONFIG.block_m)), COUNT_CONFIG, BLOCK_M=COUNT_CONFIG.block_m)
+    if reduction != "none" and not alone:
+        total = plan(1, SUM_CONFIG, **shared, BLOCK_M=SUM_CONFIG.block_m)
+    return count, rows, total, on_chip
 
 
 def cross_entropy_forward(
@@ -241,83 +264,41 @@ def cross_entropy_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and gradient of logits x [M, C] and labels [M], any strides.
 
-    The loss is [M] for the reduction "none", else 0-d, in x's dtype. The gradient, of the loss's sum, is [M, C],
-    contiguous; without `needs_grad` it has no elements and is not computed.
+    The loss is [M] for the reduction "none", else 0-d, in x's dtype. The gradient, of the sum of the losses, is
+    [M, C], contiguous; without `needs_grad` it has no elements and is not computed.
     """
     m, c = x.shape
     loss = x.new_empty((m,) if reduction == "none" else ())
     grad = x.new_empty((m, c) if needs_grad else (0,))
     if m == 0:
         return (loss if reduction == "none" else loss.fill_(float("nan") if reduction == "mean" else 0.0)), grad
-    config, on_chip = choose(c, x.dtype)
-    programs = cdiv(m, config.block_m)
-    one_program = on_chip and programs == 1
-    sums = torch.float64 if x.dtype == torch.float64 else torch.float32
-    whole = reduction == "none" or one_program
-    partial = loss if whole else x.new_empty((programs,), dtype=sums)
-    count, counts = target, 0
-    if reduction == "mean" and not one_program:
-        counts = min(MOST_COUNTS, cdiv(m, COUNT_CONFIG.block_m))
-        count = target.new_empty((counts,), dtype=torch.int32)
-        labels = (target, count, m, target.stride(0), ignore_index, cdiv(m, counts))
-        launch(count_labels_kernel, counts, x, labels, COUNT_CONFIG, BLOCK_M=COUNT_CONFIG.block_m)
-    flags = {
-        "REDUCTION": reduction,
-        "NEEDS_GRAD": needs_grad,
-        "SMOOTHING": label_smoothing,
-        "BLOCK_C": config.block_n,
-    }
-    if on_chip:
-        flags |= {"ONE_PROGRAM": one_program, "BLOCK_M": config.block_m}
-    launch(
-        cross_entropy_kernel if on_chip else cross_entropy_long_kernel,
-        programs,
-        x,
-        (x, target, partial, grad, count, m, c, *x.stride(), target.stride(0), ignore_index, counts),
-        config,
-        MOST_COUNTS=MOST_COUNTS,
-        **flags,
-    )
-    if not whole:
-        launch(
-            sum_losses_kernel,
-            1,
-            x,
-            (partial, count, loss, programs, counts),
-            SUM_CONFIG,
-            REDUCTION=reduction,
-            MOST_COUNTS=MOST_COUNTS,
-            BLOCK_M=SUM_CONFIG.block_m,
-        )
+    count_plan, rows_plan, sum_plan, on_chip = plan_forward(m, c, x.dtype, reduction, label_smoothing, needs_grad)
+    (stride_t,) = target.stride()
+    counts = count_plan.grid[0] if count_plan else 0
+    count = target.new_empty(counts, dtype=torch.int32)
+    if count_plan:
+        launch(count_labels_kernel, count_plan, target, count, m, stride_t, ignore_index, cdiv(m, counts))
+    programs, sums = rows_plan.grid[0], torch.float64 if x.dtype == torch.float64 else torch.float32
+    losses = x.new_empty(programs, dtype=sums) if sum_plan else loss
+    kernel = cross_entropy_kernel if on_chip else cross_entropy_long_kernel
+    arguments = (m, c, *x.stride(), stride_t, ignore_index, counts)
+    launch(kernel, rows_plan, x, target, losses, grad, count, *arguments)
+    if sum_plan:
+        launch(sum_losses_kernel, sum_plan, losses, count, loss, programs, counts)
     return loss, grad
 
 
 def scale_gradient(
-    grad: torch.Tensor, dloss: torch.Tensor, target: torch.Tensor, ignore_index: int, in_place: bool
+    dloss: torch.Tensor, grad: torch.Tensor, target: torch.Tensor, ignore_index: int, in_place: bool
 ) -> torch.Tensor:
-    """grad · dloss for grad [M, C], contiguous, and dloss 0-d or [M], any stride; into `grad` itself if `in_place`."""
-    (m, c), out = grad.shape, grad if in_place else torch.empty_like(grad)
-    if grad.numel() == 0:
-        return out
-    config, _ = choose(c, grad.dtype)
-    launch(
-        scale_gradient_kernel,
-        cdiv(m, config.block_m) * cdiv(c, config.block_n),
-        grad,
-        (
-            grad,
-            dloss,
-            target,
-            out,
-            m,
-            c,
-            dloss.stride(0) if dloss.dim() else 0,
-            target.stride(0),
-            ignore_index,
-        ),
-        config,
-        IN_PLACE=in_place,
-        BLOCK_M=config.block_m,
-        BLOCK_C=config.block_n,
-    )
+    """dloss · grad for dloss 0-d or [M], any stride, and grad [M, C], contiguous; in `grad` itself if `in_place`."""
+    m, c = grad.shape
+    out = grad if in_place else torch.empty_like(grad)
+    if m and c:
+        config, _ = choose(c, grad.dtype)
+        programs = cdiv(m, config.block_m) * cdiv(c, config.block_n)
+        blocks = {"BLOCK_M": config.block_m, "BLOCK_C": config.block_n}
+        strides = (dloss.stride(0) if dloss.dim() else 0, target.stride(0))
+        arguments = (grad, dloss, target, out, m, c, *strides, ignore_index)
+        launch(scale_gradient_kernel, plan(programs, config, IN_PLACE=in_place, **blocks), *arguments)
     return out

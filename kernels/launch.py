@@ -5,9 +5,8 @@ the measurement that chose a row, or the word unmeasured. Every launcher launche
 it would compile can be recorded there: `bench/builds.py` does, to count registers and spills without a GPU.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,31 +31,35 @@ class LaunchConfig:
     num_stages: int = 2
 
 
-def launch(
-    kernel: Any,
-    programs: int,
-    tensor: torch.Tensor,
-    arguments: Iterable[Any],
-    config: LaunchConfig,
-    **flags: Any,
-) -> None:
-    """Launch `programs` programs of `kernel` on the device of `tensor`, on its current stream.
+class Launch(NamedTuple):
+    """What a launcher has decided about one launch: the grid and the keyword arguments of the kernel."""
 
-    Raises RuntimeError for a CPU tensor outside the interpreter, ValueError for more programs than a grid holds.
-    """
+    grid: tuple[int]
+    options: dict[str, Any]
+
+
+def plan(programs: int, config: LaunchConfig, **constexprs: Any) -> Launch:
+    """A launch of `programs` programs. Raises ValueError where a grid does not hold as many."""
     if programs >= 2**31:
         raise ValueError(f"{programs} programs do not fit a launch grid of at most {2**31 - 1}")
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    return Launch((programs,), constexprs | options)
+
+
+def launch(kernel: Any, plan: Launch, *arguments: Any) -> None:
+    """Launch `kernel` on the device of the first argument, a tensor, and on its current stream.
+
+    Raises RuntimeError for a CPU tensor outside the interpreter.
+    """
+    tensor = arguments[0]
     if tensor.is_cpu:
         if not INTERPRETED:
             raise RuntimeError("the Triton kernels take CPU tensors only under TRITON_INTERPRET=1")
-        kernel[(programs,)](*arguments, **flags)
+    elif tensor.get_device() != torch.accelerator.current_device_index():
+        with torch.accelerator.device_index(tensor.get_device()):
+            kernel[plan.grid](*arguments, **plan.options)
         return
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
-    if tensor.device.index == torch.accelerator.current_device_index():
-        kernel[(programs,)](*arguments, **flags, **options)
-        return
-    with torch.accelerator.device_index(tensor.device.index):
-        kernel[(programs,)](*arguments, **flags, **options)
+    kernel[plan.grid](*arguments, **plan.options)
 
 
 def cdiv(a: int, b: int) -> int:

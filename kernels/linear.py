@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import DTYPE_NAMES, LaunchConfig, cdiv, launch
+from .launch import DTYPE_NAMES, Launch, LaunchConfig, cdiv, launch, plan
 from .numerics import load, store, sum_dtype
 
 
@@ -173,7 +173,6 @@ SPLIT_TRIPS = 4
 SUM_CONFIG = LaunchConfig(1, 1024, num_warps=4)
 
 
-@lru_cache(maxsize=4096)
 def choose(rows: int, columns: int, dtype: torch.dtype, precision: str) -> LaunchConfig:
     """The configuration of a product whose output is [rows, columns]."""
     key = precision if dtype == torch.float32 else DTYPE_NAMES[dtype]
@@ -183,13 +182,6 @@ def choose(rows: int, columns: int, dtype: torch.dtype, precision: str) -> Launc
     raise AssertionError("the last size class holds every output")
 
 
-def split_rows(m: int, n: int, k: int, config: LaunchConfig) -> int:
-    """How many rows of the batch one split of the weight gradient takes; by shape alone, so results repeat."""
-    tiles = cdiv(n, config.block_m) * cdiv(k, config.block_n)
-    splits = min(SPLIT_PROGRAMS // tiles, m // (SPLIT_TRIPS * config.block_k))
-    return m if splits <= 1 else cdiv(cdiv(m, splits), config.block_k) * config.block_k
-
-
 def precision_of(x: torch.Tensor) -> str:
     """ "tf32" where x is float32 on a CUDA device and PyTorch's matmul setting allows TF32, else "ieee"."""
     if x.dtype != torch.float32 or not x.is_cuda or torch.version.hip:
@@ -197,52 +189,65 @@ def precision_of(x: torch.Tensor) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
+@lru_cache(maxsize=4096)
+def plan_forward(m: int, n: int, dtype: torch.dtype, precision: str, has_bias: bool, relu: bool) -> Launch:
+    """The launch of linear_forward_kernel for an output [m, n]."""
+    config = choose(m, n, dtype, precision)
+    blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+    programs = cdiv(m, config.block_m) * cdiv(n, config.block_n)
+    return plan(programs, config, HAS_BIAS=has_bias, RELU=relu, PRECISION=precision, **blocks)
+
+
 def linear_forward(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, relu: bool) -> torch.Tensor:
     """act(x Wᵀ + b): x [M, K], w [N, K], b [N] or None, any strides, one dtype -> [M, N], contiguous."""
-    (m, k), n = x.shape, w.shape[0]
-    y = x.new_empty((m, n))
-    if m == 0 or n == 0:
-        return y
-    precision = precision_of(x)
-    config = choose(m, n, x.dtype, precision)
-    bias, stride_b = (w, 0) if b is None else (b, b.stride(0))
-    launch(
-        linear_forward_kernel,
-        cdiv(m, config.block_m) * cdiv(n, config.block_n),
-        x,
-        (x, w, bias, y, m, n, k, *x.stride(), *w.stride(), stride_b),
-        config,
-        HAS_BIAS=b is not None,
-        RELU=relu,
-        PRECISION=precision,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-    )
+    m, k = x.shape
+    n = w.shape[0]
+    y = x.new_empty(m, n)
+    if m and n:
+        plan = plan_forward(m, n, x.dtype, precision_of(x), b is not None, relu)
+        bias, (stride_b,) = (x, (0,)) if b is None else (b, b.stride())
+        launch(linear_forward_kernel, plan, x, w, bias, y, m, n, k, *x.stride(), *w.stride(), stride_b)
     return y
+
+
+@lru_cache(maxsize=4096)
+def plan_input_grad(m: int, k: int, dtype: torch.dtype, precision: str, relu: bool) -> Launch:
+    """The launch of linear_input_grad_kernel for an output [m, k]."""
+    config = choose(m, k, dtype, precision)
+    blocks = {"BLOCK_M": config.block_m, "BLOCK_K": config.block_n, "BLOCK_N": config.block_k}
+    programs = cdiv(m, config.block_m) * cdiv(k, config.block_n)
+    return plan(programs, config, RELU=relu, PRECISION=precision, **blocks)
 
 
 def linear_input_grad(dy: torch.Tensor, y: torch.Tensor | None, w: torch.Tensor) -> torch.Tensor:
     """dx [M, K] of dy [M, N], any strides, w [N, K], and y [M, N], the output behind a ReLU, None without one."""
-    (m, n), k = dy.shape, w.shape[1]
-    dx = dy.new_empty((m, k))
-    if m == 0 or k == 0:
-        return dx
-    precision = precision_of(dy)
-    config = choose(m, k, dy.dtype, precision)
-    launch(
-        linear_input_grad_kernel,
-        cdiv(m, config.block_m) * cdiv(k, config.block_n),
-        dy,
-        (dy, dy if y is None else y.contiguous(), w, dx, m, n, k, *dy.stride(), *w.stride()),
-        config,
-        RELU=y is not None,
-        PRECISION=precision,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_k,
-        BLOCK_K=config.block_n,
-    )
+    m, n = dy.shape
+    k = w.shape[1]
+    dx = dy.new_empty(m, k)
+    if m and k:
+        plan = plan_input_grad(m, k, dy.dtype, precision_of(dy), y is not None)
+        y = dy if y is None else y.contiguous()
+        launch(linear_input_grad_kernel, plan, dy, y, w, dx, m, n, k, *dy.stride(), *w.stride())
     return dx
+
+
+@lru_cache(maxsize=4096)
+def plan_weight_grad(
+    m: int, n: int, k: int, dtype: torch.dtype, precision: str, relu: bool, needs_db: bool
+) -> tuple[Launch, Launch, int, int]:
+    """The launches of linear_weight_grad_kernel and of the sum of its splits, their number and their rows.
+
+    By shape alone, so that results repeat. Without dw, k is 0.
+    """
+    config = choose(n, max(k, 1), dtype, precision)
+    blocks = {"BLOCK_N": config.block_m, "BLOCK_K": config.block_n, "BLOCK_M": config.block_k}
+    tiles = cdiv(n, config.block_m) * cdiv(max(k, 1), config.block_n)
+    splits = max(1, min(SPLIT_PROGRAMS // tiles, m // (SPLIT_TRIPS * config.block_k)))
+    rows = cdiv(cdiv(m, splits), config.block_k) * config.block_k
+    splits = max(1, cdiv(m, max(rows, 1)))
+    flags = {"RELU": relu, "NEEDS_DW": k > 0, "NEEDS_DB": needs_db, "PRECISION": precision}
+    summed = plan(cdiv(n * k + n * needs_db, SUM_CONFIG.block_n), SUM_CONFIG, BLOCK_N=SUM_CONFIG.block_n)
+    return plan(tiles * splits, config, **flags, **blocks), summed, splits, rows
 
 
 def linear_weight_grad(
@@ -252,44 +257,20 @@ def linear_weight_grad(
 
     What is not needed comes back with no elements.
     """
-    (m, n), k = dy.shape, x.shape[1]
-    size_dw, size_db = n * k * needs_dw, n * needs_db
-    dw, db = dy.new_empty((n, k) if needs_dw else (0,)), dy.new_empty((size_db,))
-    size = size_dw + size_db
+    m, n = dy.shape
+    k = x.shape[1] if needs_dw else 0
+    dw = dy.new_empty(n, k) if needs_dw else dy.new_empty(0)
+    db = dy.new_empty(n if needs_db else 0)
+    size_dw, size = n * k, n * k + n * needs_db
     if size == 0:
         return dw, db
-    precision = precision_of(dy)
-    config = choose(n, k if needs_dw else 1, dy.dtype, precision)
-    rows = split_rows(m, n, k if needs_dw else 1, config)
-    splits = cdiv(m, rows) if m else 1
-    sums = torch.float64 if dy.dtype == torch.float64 else torch.float32
-    partial = dy.new_empty((splits, size), dtype=sums) if splits > 1 else None
-    launch(
-        linear_weight_grad_kernel,
-        cdiv(n, config.block_m) * (cdiv(k, config.block_n) if size_dw else 1) * splits,
-        dy,
-        (
-            *(dy, dy if y is None else y.contiguous(), x),
-            *((dw, db) if partial is None else (partial, partial[:, size_dw:])),
-            *(m, n, k if size_dw else 1, *dy.stride(), *x.stride(), rows, size),
-        ),
-        config,
-        RELU=y is not None,
-        NEEDS_DW=size_dw > 0,
-        NEEDS_DB=needs_db,
-        PRECISION=precision,
-        BLOCK_M=config.block_k,
-        BLOCK_N=config.block_m,
-        BLOCK_K=config.block_n,
-    )
-    if partial is not None:
-        arguments = (partial, dw, db, size_dw, size, splits)
-        launch(
-            sum_splits_kernel,
-            cdiv(size, SUM_CONFIG.block_n),
-            dy,
-            arguments,
-            SUM_CONFIG,
-            BLOCK_N=SUM_CONFIG.block_n,
-        )
+    first, summed, splits, rows = plan_weight_grad(m, n, k, dy.dtype, precision_of(dy), y is not None, needs_db)
+    y = dy if y is None else y.contiguous()
+    arguments = (m, n, max(k, 1), *dy.stride(), *x.stride(), rows, size)
+    if splits == 1:
+        launch(linear_weight_grad_kernel, first, dy, y, x, dw, db, *arguments)
+    else:
+        partial = dy.new_empty(splits, size, dtype=torch.float64 if dy.dtype == torch.float64 else torch.float32)
+        launch(linear_weight_grad_kernel, first, dy, y, x, partial, partial[:, size_dw:], *arguments)
+        launch(sum_splits_kernel, summed, partial, dw, db, size_dw, size, splits)
     return dw, db

@@ -42,9 +42,9 @@ _cross_entropy: Callable[..., tuple[Tensor, Tensor]] = define(
     _forward_fake,
 )
 _scale_gradient: Callable[..., Tensor] = define(
-    "scale_gradient(Tensor grad, Tensor dloss, Tensor target, int ignore_index) -> Tensor",
+    "scale_gradient(Tensor dloss, Tensor grad, Tensor target, int ignore_index) -> Tensor",
     lambda *arguments: kernels("cross_entropy").scale_gradient(*arguments, in_place=False),
-    lambda grad, dloss, target, ignore_index: torch.empty_like(grad),
+    lambda dloss, grad, target, ignore_index: torch.empty_like(grad),
 )
 
 
@@ -82,7 +82,7 @@ class CrossEntropy(torch.autograd.Function):
             dloss = dloss.unsqueeze(-1) if dloss.dim() else dloss
             dx = torch.where((target == ctx.ignore_index).unsqueeze(-1), 0, grad * dloss)
         elif dloss is not None:
-            dx = _scale(grad, dloss, target, ctx.ignore_index)
+            dx = _scale(dloss, grad, target, ctx.ignore_index)
         if v is not None:
             second = _second_derivative(grad, target, v, ctx.ignore_index, ctx.reduction, ctx.label_smoothing)
             dx = second if dx is None else dx + second
@@ -92,12 +92,12 @@ class CrossEntropy(torch.autograd.Function):
 _record: Callable[..., tuple[Tensor, Tensor]] = recorded(CrossEntropy)
 
 
-def _scale(grad: Tensor, dloss: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+def _scale(dloss: Tensor, grad: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """dloss · grad, in the buffer of `grad` where this backward is the last to read it and nobody else can."""
-    if not eager(grad, dloss):
-        return _scale_gradient(grad, dloss, target, ignore_index)
+    if not eager(dloss, grad):
+        return _scale_gradient(dloss, grad, target, ignore_index)
     kept = torch._C._autograd._get_current_graph_task_keep_graph()
-    scaled: Tensor = kernels("cross_entropy").scale_gradient(grad, dloss, target, ignore_index, in_place=not kept)
+    scaled: Tensor = kernels("cross_entropy").scale_gradient(dloss, grad, target, ignore_index, in_place=not kept)
     return scaled
 
 

@@ -5,6 +5,8 @@ else goes to PyTorch's own function as it came: a plain CPU tensor, which so cos
 that no kernel takes, which PyTorch then serves (and `explain` says so) or refuses with its own exception.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import _reduction as legacy
@@ -22,7 +24,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Saves input and weight for backward. Wrong shapes, dtypes and devices raise what torch.nn.functional.linear raises.
     """
     if not (isinstance(input, Tensor) and dispatch.serves("linear", input)):
-        return reference.linear(input, weight, bias)
+        return _pytorch(reference.linear, input, weight, bias)
     return _linear(input, weight, bias, False)
 
 
@@ -33,8 +35,18 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     it is zero at zero and passes a NaN, as in torch.relu.
     """
     if not (isinstance(input, Tensor) and dispatch.serves("linear_relu", input)):
-        return reference.linear_relu(input, weight, bias)
+        return _pytorch(reference.linear_relu, input, weight, bias)
     return _linear(input, weight, bias, True)
+
+
+def _pytorch(operation: Callable[..., Tensor], x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    """`operation` of PyTorch, which refuses what is wrong with the arguments, but reads past a meta tensor's end."""
+    for name, tensor in (("weight", w), ("bias", b)):
+        if isinstance(tensor, Tensor) and isinstance(x, Tensor) and tensor.device != x.device:
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but input is on {x.device} and {name} is on {tensor.device}"
+            )
+    return operation(x, w, b)
 
 
 def _linear(x: Tensor, w: Tensor, b: Tensor | None, relu: bool) -> Tensor:
@@ -43,7 +55,7 @@ def _linear(x: Tensor, w: Tensor, b: Tensor | None, relu: bool) -> Tensor:
         dtype = torch.get_autocast_dtype(kind)
         x, w, b = _autocast(x, dtype), _autocast(w, dtype), None if b is None else _autocast(b, dtype)
     if not _linear_takes(x, w, b):
-        y = (reference.linear_relu if relu else reference.linear)(x, w, b)
+        y = _pytorch(reference.linear_relu if relu else reference.linear, x, w, b)
         reason = f"no kernel for weight {list(w.shape)}, bias {None if b is None else list(b.shape)}"
         dispatch.note(dispatch.Decision("linear_relu" if relu else "linear", "PyTorch", reason))
         return y

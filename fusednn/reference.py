@@ -26,7 +26,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """:func:`torch.nn.functional.cross_entropy` of class indices, also of int8, int16 and int32 ones."""
-    if target.dtype in (torch.int8, torch.int16, torch.int32):
+    if isinstance(target, Tensor) and target.dtype in (torch.int8, torch.int16, torch.int32):
         target = target.long()
     return F.cross_entropy(
         input, target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing

@@ -13,7 +13,10 @@ import torch
 
 # Read once, as Triton reads it when a kernel is decorated: the two must not disagree later.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+try:
+    HAS_TRITON = importlib.util.find_spec("triton") is not None
+except (ImportError, ValueError):  # an import hook, or a stand-in without a spec, hides it
+    HAS_TRITON = False
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -44,7 +44,8 @@ def _pytorch(operation: Callable[..., Tensor], x: Tensor, w: Tensor, b: Tensor |
     for name, tensor in (("weight", w), ("bias", b)):
         if isinstance(tensor, Tensor) and isinstance(x, Tensor) and tensor.device != x.device:
             raise RuntimeError(
-                f"Expected all tensors to be on the same device, but input is on {x.device} and {name} is on {tensor.device}"
+                "Expected all tensors to be on the same device, "
+                f"but input is on {x.device} and {name} is on {tensor.device}"
             )
     return operation(x, w, b)
 

@@ -22,7 +22,7 @@ from .launch import Launch, LaunchConfig, cdiv, launch, plan
 from .numerics import load, store, sum_dtype
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "ignore_index", "program_rows"])
 def count_labels_kernel(target_ptr, count_ptr, M, stride_t, ignore_index, program_rows, BLOCK_M: tl.constexpr):
     """count[program] = how many of the program's `program_rows` labels are not `ignore_index`."""
     first = tl.program_id(0).to(tl.int64) * program_rows
@@ -59,7 +59,7 @@ def finish_gradient(p, is_target, scale, valid, in_range, C, SMOOTHING: tl.const
     return tl.where(valid, gradient, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "ignore_index", "counts"])
 def cross_entropy_kernel(
     x_ptr, target_ptr, loss_ptr, grad_ptr, count_ptr, M, C, stride_xm, stride_xc, stride_t, ignore_index, counts,
     REDUCTION: tl.constexpr, ONE_PROGRAM: tl.constexpr, NEEDS_GRAD: tl.constexpr, SMOOTHING: tl.constexpr,
@@ -105,7 +105,7 @@ def cross_entropy_kernel(
         store(grad_ptr + offs_m[:, None] * C + offs_c[None, :], grad, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "ignore_index", "counts"])
 def cross_entropy_long_kernel(
     x_ptr, target_ptr, loss_ptr, grad_ptr, count_ptr, M, C, stride_xm, stride_xc, stride_t, ignore_index, counts,
     REDUCTION: tl.constexpr, NEEDS_GRAD: tl.constexpr, SMOOTHING: tl.constexpr,
@@ -156,7 +156,7 @@ def cross_entropy_long_kernel(
             store(grad_ptr + row * C + c + offs_c, grad, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["partials", "counts"])
 def sum_losses_kernel(
     partial_ptr, count_ptr, loss_ptr, partials, counts,
     REDUCTION: tl.constexpr, MOST_COUNTS: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -172,7 +172,7 @@ def sum_losses_kernel(
     store(loss_ptr, loss, True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "ignore_index"])
 def scale_gradient_kernel(
     grad_ptr, dloss_ptr, target_ptr, out_ptr, M, C, stride_dloss, stride_t, ignore_index,
     IN_PLACE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -206,7 +206,7 @@ CONFIGS = {
     "float": {
         (1024, 1): 4, (1024, 2): 4, (1024, 4): 4, (512, 8): 4, (256, 16): 4, (128, 32): 4, (64, 64): 4,
         (32, 128): 4, (16, 256): 4, (8, 512): 4, (4, 1024): 4, (2, 2048): 4, (1, 4096): 4, (1, 8192): 8,
-        (1, 16384): 16, (1, 32768): 16,
+        (1, 16384): 8, (1, 32768): 16,
     },
     "double": {
         (512, 1): 4, (512, 2): 4, (512, 4): 4, (256, 8): 4, (128, 16): 4, (64, 32): 4, (32, 64): 4,

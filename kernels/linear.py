@@ -6,7 +6,8 @@ output, `not (y <= 0)`, as they load dy, so the masked gradient never exists in 
 pre-activation. As torch.relu has it, the gradient is zero at zero and passes where y is NaN.
 
 Shapes: x [M, K], W [N, K], b [N], y and dy [M, N]. Accumulators are float32, float64 for float64. Offsets are
-64-bit: a tensor may have more than 2^31 elements.
+64-bit: a tensor may have more than 2^31 elements. The batch, M, is not specialised: a last, ragged batch must not
+compile anew.
 """
 
 from functools import lru_cache
@@ -19,7 +20,7 @@ from .launch import DTYPE_NAMES, Launch, LaunchConfig, cdiv, launch, plan
 from .numerics import load, store, sum_dtype
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def linear_forward_kernel(
     x_ptr, w_ptr, b_ptr, y_ptr, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, stride_b,
     HAS_BIAS: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
@@ -60,7 +61,7 @@ def load_masked_gradient(dy_ptrs, y_ptrs, mask, RELU: tl.constexpr):
     return dy
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def linear_input_grad_kernel(
     dy_ptr, y_ptr, w_ptr, dx_ptr, M, N, K, stride_dym, stride_dyn, stride_wn, stride_wk,
     RELU: tl.constexpr, PRECISION: tl.constexpr,
@@ -90,7 +91,7 @@ def linear_input_grad_kernel(
     store(dx_ptr + offs_m[:, None] * K + offs_k[None, :], acc, mask_m[:, None] & mask_k[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "split_rows"])
 def linear_weight_grad_kernel(
     dy_ptr, y_ptr, x_ptr, dw_ptr, db_ptr, M, N, K, stride_dym, stride_dyn, stride_xm, stride_xk,
     split_rows, stride_split,
@@ -137,7 +138,7 @@ def linear_weight_grad_kernel(
         store(db_ptr + split * stride_split + offs_n, db, mask_n & (tile_k == 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def sum_splits_kernel(partial_ptr, dw_ptr, db_ptr, size_dw, size, splits, BLOCK_N: tl.constexpr):
     """dw and db, laid one after the other, = Σ_s partial[s], added in the order of s."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -157,9 +158,9 @@ CONFIGS = {
     # (block_m, block_n, block_k, num_warps, num_stages) for each size class above, for every architecture.
     # All unmeasured: chosen so that no target spills and every dtype with tensor cores uses them
     # (`make resources`); timings on a card decide the rows later.
-    "fp16": ((64, 16, 64, 4, 3), (16, 64, 64, 4, 3), (32, 32, 64, 4, 3), (64, 64, 64, 4, 3), (128, 128, 64, 8, 3)),
+    "fp16": ((64, 16, 64, 4, 3), (16, 32, 64, 4, 3), (32, 32, 64, 4, 3), (64, 64, 64, 4, 3), (128, 128, 64, 8, 3)),
     "tf32": ((64, 16, 32, 4, 3), (16, 64, 32, 4, 3), (32, 32, 32, 4, 3), (64, 64, 32, 4, 3), (128, 64, 32, 8, 3)),
-    "ieee": ((64, 16, 32, 4, 2), (16, 64, 32, 4, 2), (32, 32, 32, 4, 2), (64, 64, 32, 4, 2), (128, 64, 16, 8, 2)),
+    "ieee": ((64, 16, 16, 4, 2), (16, 64, 16, 4, 2), (32, 32, 32, 4, 2), (64, 64, 16, 4, 2), (128, 64, 16, 8, 2)),
     "fp64": ((32, 16, 16, 4, 2), (16, 32, 16, 4, 2), (32, 32, 16, 4, 2), (64, 32, 16, 4, 2), (64, 64, 16, 8, 2)),
 }  # fmt: skip
 CONFIGS["bf16"] = CONFIGS["fp16"]

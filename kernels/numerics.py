@@ -35,9 +35,7 @@ def store(pointers, tile, mask):
         tl.store(pointers, tile.to(dtype), mask=mask)
 
 
-@triton.jit
-def sum_dtype(dtype: tl.constexpr):
+@triton.constexpr_function
+def sum_dtype(dtype):
     """The dtype that sums over elements of `dtype` run in: float64 for float64, else float32."""
-    if dtype == tl.float64:
-        return tl.float64
-    return tl.float32
+    return tl.float64 if dtype == tl.float64 else tl.float32

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fusednn import functional
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
+from fusednn import functional
 from tests.accuracy import DTYPES
 
 SMALL = [(1, 1, 1), (3, 1, 17), (17, 3, 1), (1, 17, 3), (2, 17, 3)]
@@ -127,9 +127,7 @@ class TestLinear:
         _, w, b = leaves(1, 5, 4, device)
         y, right = functional.linear_relu(x, w, b), torch.relu(F.linear(x, w, b))
         torch.testing.assert_close(y, right)
-        torch.testing.assert_close(
-            torch.autograd.grad(y.sum(), (x, w, b)), torch.autograd.grad(right.sum(), (x, w, b))
-        )
+        torch.testing.assert_close(torch.autograd.grad(y.sum(), (x, w, b)), torch.autograd.grad(right.sum(), (x, w, b)))
 
     def test_backward_twice(self, device: str) -> None:
         x, w, b = leaves(17, 5, 3, device)
@@ -276,7 +274,10 @@ class TestCrossEntropy:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     def test_autocast_gives_float32(self, dtype: torch.dtype, device: str) -> None:
-        x, target = torch.randn(4, 3, device=device).to(dtype).requires_grad_(), torch.tensor([0, 1, 2, 0], device=device)
+        x, target = (
+            torch.randn(4, 3, device=device).to(dtype).requires_grad_(),
+            torch.tensor([0, 1, 2, 0], device=device),
+        )
         with torch.autocast(device, dtype=dtype):
             loss, right = functional.cross_entropy(x, target), F.cross_entropy(x, target)
         assert loss.dtype == torch.float32

@@ -48,14 +48,11 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
 def eager(*arguments: Any) -> bool:
     """Whether a call on `arguments` is plain eager PyTorch: nothing traces, transforms or overrides it.
 
-    `torch.autograd.grad(..., is_grads_batched=True)` batches the incoming gradient: of the operators, the first argument.
+    `torch.autograd.grad(..., is_grads_batched=True)` batches the incoming gradient, an operator's first argument.
     """
     if torch.compiler.is_compiling() or _dispatch_modes() or transforming() or _is_batched(arguments[0]):
         return False
-    for argument in arguments:
-        if type(argument) not in _PLAIN:  # a subclass of Tensor may have ideas of its own
-            return False
-    return True
+    return _PLAIN.issuperset(map(type, arguments))  # a subclass of Tensor may have ideas of its own
 
 
 def needs_graph(*tensors: torch.Tensor | None) -> bool:
@@ -68,7 +65,7 @@ def needs_graph(*tensors: torch.Tensor | None) -> bool:
 
 
 def recorded(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """What applies `function`, which is written in the setup_context style that torch.func needs, to positional arguments.
+    """What applies `function`, written in the setup_context style that torch.func needs, to positional arguments.
 
     In eager mode the Python half of `Function.apply` is skipped: it binds the signature of forward, 13 us a call.
     """

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from fusednn.kernels import cross_entropy as kernels
 from torch import Tensor
 
+from fusednn.kernels import cross_entropy as kernels
 from tests.accuracy import DTYPES, UNIT, bits, sum_unit
 
 REDUCTIONS = ["none", "mean", "sum"]
@@ -30,7 +30,7 @@ def exact(x: Tensor, target: Tensor, reduction: str, smoothing: float, ignored: 
 
 def check(x: Tensor, target: Tensor, reduction: str, smoothing: float, ignored: int = IGNORED) -> None:
     """Loss and gradient within the accuracy rule, and the logits untouched."""
-    m, c = x.shape
+    c = x.shape[1]
     before = bits(x).clone()
     loss, grad = kernels.cross_entropy_forward(x, target, ignored, reduction, smoothing, True)
     without, nothing = kernels.cross_entropy_forward(x, target, ignored, reduction, smoothing, False)
@@ -46,7 +46,9 @@ def check(x: Tensor, target: Tensor, reduction: str, smoothing: float, ignored: 
     distances = (x - x.max(1, keepdim=True).values).abs()
     at_target = distances.gather(1, target.clamp(0, c - 1)[:, None])[:, 0]
     scale = (1 - smoothing) * at_target + smoothing * distances.mean(1) + math.log(c) + 1
-    scale = {"none": valid * scale, "sum": (valid * scale).sum(), "mean": (valid * scale).sum() / valid.sum()}[reduction]
+    scale = {"none": valid * scale, "sum": (valid * scale).sum(), "mean": (valid * scale).sum() / valid.sum()}[
+        reduction
+    ]
     # in float64 the reference is as inexact as the result, and adds its c smoothing terms one by one
     slack = 2 + c / 500 if loss.dtype == torch.float64 else 1
     bound = factor * u * scale * slack + unit * right_loss.abs() + 2.0**-126
@@ -59,9 +61,15 @@ def check(x: Tensor, target: Tensor, reduction: str, smoothing: float, ignored: 
     assert ((grad.double() - right_grad).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+CASES = [(dtype, "mean", 0.1) for dtype in DTYPES] + [
+    (torch.float32, "none", 0.0),
+    (torch.float32, "none", 0.1),
+    (torch.float32, "mean", 0.0),
+    (torch.float32, "sum", 0.0),
+]
+
+
+@pytest.mark.parametrize(("dtype", "reduction", "smoothing"), CASES, ids=str)
 @pytest.mark.parametrize("shape", [(5, 1), (7, 10), (300, 10), (33, 65), (5, 1000), (3, 33000)], ids=str)
 def test_accuracy(shape: tuple[int, int], dtype: torch.dtype, reduction: str, smoothing: float, device: str) -> None:
     check(*batch(*shape, dtype, device), reduction, smoothing)

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from fusednn.kernels import linear as kernels
 from torch import Tensor
 
+from fusednn.kernels import linear as kernels
 from tests.accuracy import DTYPES, assert_product, bits
 
 SHAPES = [(1, 1, 1), (3, 17, 33), (17, 3, 130), (33, 65, 17), (65, 130, 3), (130, 10, 65), (32, 128, 64)]
@@ -182,7 +182,9 @@ def test_offsets_past_32_bits() -> None:
     x = torch.empty(apart + 64, dtype=torch.float16).as_strided((2, 8), (apart, 1))
     x.copy_(torch.randn(2, 8))
     w = torch.randn(3, 8).half()
-    torch.testing.assert_close(kernels.linear_forward(x, w, None, False), kernels.linear_forward(x.clone(), w, None, False))
+    torch.testing.assert_close(
+        kernels.linear_forward(x, w, None, False), kernels.linear_forward(x.clone(), w, None, False)
+    )
     dy = torch.empty(apart + 64, dtype=torch.float16).as_strided((2, 3), (apart, 1))
     dy.copy_(torch.randn(2, 3))
     torch.testing.assert_close(kernels.linear_input_grad(dy, None, w), kernels.linear_input_grad(dy.clone(), None, w))

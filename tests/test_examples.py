@@ -1,0 +1,33 @@
+"""The examples run, and compute what plain PyTorch computes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def losses(source: str, interpreted: str) -> list[float]:
+    result = subprocess.run(
+        [sys.executable, "-c", source],
+        env={"PATH": "", "HOME": str(Path.home()), "TRITON_INTERPRET": interpreted},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [float(line.split()[-1]) for line in result.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("interpreted", ["0", "1"], ids=["plain", "interpreter"])
+def test_simple_nn_is_the_textbook_script(interpreted: str) -> None:
+    """With its one import line changed back it is a plain PyTorch script; losses agree from the same seed."""
+    source = (EXAMPLES / "simple_nn.py").read_text()
+    plain = source.replace(
+        "from fusednn import CrossEntropyLoss, SimpleNN",
+        "from torch.nn import CrossEntropyLoss\nfrom fusednn.reference import SimpleNN",
+    )
+    assert plain != source
+    assert losses(source, interpreted) == pytest.approx(losses(plain, "0"), abs=1e-4)
+    assert len(losses(source, "0")) == 10

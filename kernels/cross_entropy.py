@@ -274,9 +274,10 @@ def cross_entropy_forward(
         return (loss if reduction == "none" else loss.fill_(float("nan") if reduction == "mean" else 0.0)), grad
     count_plan, rows_plan, sum_plan, on_chip = plan_forward(m, c, x.dtype, reduction, label_smoothing, needs_grad)
     (stride_t,) = target.stride()
-    counts = count_plan.grid[0] if count_plan else 0
-    count = target.new_empty(counts, dtype=torch.int32)
+    count, counts = target, 0
     if count_plan:
+        counts = count_plan.grid[0]
+        count = target.new_empty(counts, dtype=torch.int32)
         launch(count_labels_kernel, count_plan, target, count, m, stride_t, ignore_index, cdiv(m, counts))
     programs, sums = rows_plan.grid[0], torch.float64 if x.dtype == torch.float64 else torch.float32
     losses = x.new_empty(programs, dtype=sums) if sum_plan else loss

@@ -1,0 +1,250 @@
+"""Registers, spills, shared memory and instructions of every kernel, compiled ahead of time; no GPU is needed.
+
+    python -m bench.resources --targets sm_90 --kernels linear_forward --check
+
+`bench.builds` lists, as `builds(arch)`, what the launchers can ask Triton's JIT for. Each of those is compiled for
+each target with the specialisations that the JIT would use, and the machine code is read: for NVIDIA with the
+cuobjdump that Triton brings, for AMD from the assembly. With --check, whatever breaks a budget below, or does not
+compile, is named and the exit status is 1.
+"""
+
+import argparse
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+MODULES = ("bench.builds",)
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+TENSOR_CORES = {"sm_80": {"fp64"}, "sm_90": {"fp64"}, "sm_100": set(), "gfx942": {"fp64"}}
+"""Dtypes beside fp16, bf16 and tf32 whose products have tensor-core instructions (on sm_100 Triton 3.7 has none)."""
+
+CLIFF = 32
+"""Registers that ptxas may fall to, with thousands of spills, where a kernel does not fit its warps (see FACTS)."""
+
+
+EXTENT = re.compile(r"[A-Z]|stride_\w+|size\w*|partials")
+"""Arguments that masks and offsets are made of: only when 16 divides them can an access of 16 bytes be proved safe."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one build takes. `spills` counts instructions that move local memory, LDL and STL or AMD's scratch_*."""
+
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    tensor_core: int
+    wide: int  # global accesses of 16 bytes or more a lane
+    narrow: int  # ... and of less
+    instructions: int
+    has_dot: bool
+
+
+@dataclass(frozen=True)
+class Task:
+    """The build number `index` of a module on a target: a build itself, with its kernel, cannot be pickled."""
+
+    module: str
+    target: str
+    index: int
+    label: str
+
+
+def uses_tensor_cores(build: Any, target: str) -> bool:
+    """Whether the products of `build` should run on tensor cores."""
+    dtype = build.constexprs.get("PRECISION") if build.dtype == "fp32" else build.dtype
+    return dtype in {"fp16", "bf16", "tf32"} | TENSOR_CORES[target]
+
+
+def is_aligned(build: Any) -> bool:
+    """Whether 16 divides every pointer and extent of `build`: then some access should take 16 bytes."""
+    specialised = {name for name, kind in build.signature.items() if kind.startswith("*") or EXTENT.fullmatch(name)}
+    return specialised <= set(build.divisible)
+
+
+BUDGETS: dict[str, Callable[[Any, str, Resources], bool]] = {
+    "no local memory": lambda build, target, used: used.spills == 0,
+    "tensor cores": lambda build, target, used: (
+        used.tensor_core > 0 or not used.has_dot or not uses_tensor_cores(build, target)
+    ),
+    "16-byte accesses": lambda build, target, used: used.wide > 0 or not is_aligned(build),
+    "above the register cliff": lambda build, target, used: used.registers > CLIFF or used.spills == 0,
+}
+"""What every build must keep to."""
+
+
+def compile_build(build: Any, target: str) -> Any:
+    """Compile as the JIT would for arguments that `build` describes."""
+    names = build.kernel.arg_names
+    return triton.compile(
+        ASTSource(
+            build.kernel,
+            signature={name: build.signature.get(name, "constexpr") for name in names},
+            constexprs=build.constexprs,
+            attrs={(names.index(name),): [["tt.divisibility", 16]] for name in build.divisible},
+        ),
+        target=TARGETS[target],
+        options=build.options,
+    )
+
+
+def read_nvidia(compiled: Any) -> dict[str, int]:
+    """What cuobjdump says of a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", cubin.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED):(\d+)", text)}
+    found = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text))
+    return {
+        "registers": usage["REG"],
+        "stack": usage["STACK"],
+        "shared": usage["SHARED"] + compiled.metadata.shared,
+        "spills": total(found, r"LDL|STL"),
+        "tensor_core": total(found, r"([HDIQO]|HG|IG|QG)MMA|UTC\w*MMA"),
+        "wide": total(found, r"(LDG|STG|LDGSTS)\..*\b(128|256)\b|UTMALDG|UTMASTG"),
+        "narrow": total(found, r"(LDG|STG|LDGSTS)\b(?!.*\b(128|256)\b)"),
+        "instructions": found.total(),
+    }
+
+
+def read_amd(compiled: Any) -> dict[str, int]:
+    """What the metadata and the instructions of an AMD assembly say."""
+    text = compiled.asm["amdgcn"]
+    usage = {name: int(value) for name, value in re.findall(r"^ +\.(\w+): +(\d+)$", text, re.MULTILINE)}
+    found = Counter(re.findall(r"^\t([a-z]\w+)", text, re.MULTILINE))
+    return {
+        "registers": usage["vgpr_count"],
+        "stack": usage["private_segment_fixed_size"],
+        "shared": usage["group_segment_fixed_size"] + compiled.metadata.shared,
+        "spills": max(total(found, r"scratch_"), usage["vgpr_spill_count"]),
+        "tensor_core": total(found, r"v_mfma_"),
+        "wide": total(found, r"(global|buffer)_(load|store)_(lds_)?dwordx4"),
+        "narrow": total(found, r"(global|buffer)_(load|store)_(?!(lds_)?dwordx4)"),
+        "instructions": found.total(),
+    }
+
+
+def total(found: Counter[str], pattern: str) -> int:
+    """How many instructions start as `pattern` says."""
+    return sum(count for name, count in found.items() if re.match(pattern, name))
+
+
+@cache
+def builds_of(module: str, target: str) -> tuple[Any, ...]:
+    """What `module` lists for `target`, in the same order in every process."""
+    return tuple(import_module(module).builds(target))
+
+
+def measure(task: Task) -> dict[str, Any]:
+    """Compile and read one build, in a worker; an exception becomes an "error", so that the others go on."""
+    result: dict[str, Any] = {"label": task.label, "target": task.target, "error": None, "broken": []}
+    try:
+        build = builds_of(task.module, task.target)[task.index]
+        compiled = compile_build(build, task.target)
+        read = read_nvidia if TARGETS[task.target].backend == "cuda" else read_amd
+        used = Resources(**read(compiled), has_dot="tt.dot" in compiled.asm["ttir"])
+    except Exception as error:
+        return result | {"error": f"{type(error).__name__}: {error}"}
+    broken = [name for name, keeps in BUDGETS.items() if not keeps(build, task.target, used)]
+    return result | asdict(used) | {"broken": broken}
+
+
+def workers(jobs: int) -> ProcessPoolExecutor:
+    """Processes that compile; spawned, since Triton's threads do not survive a fork."""
+    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+
+
+def measure_all(tasks: list[Task], jobs: int) -> Iterator[dict[str, Any]]:
+    """The results, in order. A compiler that crashes takes all workers along: what is left then runs alone."""
+    with workers(jobs) as pool:
+        futures = [pool.submit(measure, task) for task in tasks]
+        for task, future in zip(tasks, futures, strict=True):
+            if future.exception() is None:
+                yield future.result()
+                continue
+            with workers(1) as alone:
+                again = alone.submit(measure, task)
+            crash = {"label": task.label, "target": task.target, "error": "the compiler crashed", "broken": []}
+            yield again.result() if again.exception() is None else crash
+
+
+def find_tasks(modules: Iterable[str], targets: Iterable[str], substring: str) -> Iterator[Task]:
+    """The builds of `modules` for `targets` that have `substring` in their label."""
+    for target in targets:
+        for module in modules:
+            for index, build in enumerate(builds_of(module, target)):
+                if substring in build.label:
+                    yield Task(module, target, index, build.label)
+
+
+COLUMNS = {"registers": 4, "stack": 6, "spills": 7, "shared": 7, "tensor_core": 7, "wide": 5, "narrow": 7}
+"""The numbers of the table, and their widths."""
+
+
+def show(result: dict[str, Any]) -> str:
+    """One line of the table."""
+    line = f"{result['label']:<64} {result['target']:<7}"
+    if result["error"]:
+        return f"{line} does not compile"
+    numbers = "".join(f"{result[name]:>{width}}" for name, width in COLUMNS.items())
+    return f"{line}{numbers}  {', '.join('not ' + name for name in result['broken'])}".rstrip()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table; 1 if --check finds a broken budget, a failure to compile, or nothing to compile."""
+    parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", default=",".join(TARGETS), help="default: %(default)s")
+    parser.add_argument("--modules", default=",".join(MODULES), help="default: %(default)s")
+    parser.add_argument("--kernels", default="", metavar="SUBSTRING", help="only builds with this in their label")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a build breaks a budget")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE")
+    parser.add_argument("--jobs", type=int, default=2, help="worker processes; default: %(default)s")
+    options = parser.parse_args(arguments)
+    if triton.knobs.runtime.interpret:
+        parser.error("kernels cannot be compiled in the interpreter: unset TRITON_INTERPRET")
+    targets = options.targets.split(",")
+    if unknown := set(targets) - set(TARGETS):
+        parser.error(f"unknown targets {sorted(unknown)}; known are {list(TARGETS)}")
+
+    tasks = list(find_tasks(options.modules.split(","), targets, options.kernels))
+    print("label, target, " + ", ".join(COLUMNS))
+    results = []
+    for result in measure_all(tasks, options.jobs):
+        results.append(result)
+        print(show(result), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    bad = [result for result in results if result["error"] or result["broken"]]
+    print(f"{len(results)} builds, {len(bad)} broken or not compiled")
+    for result in bad:
+        print(f"  {result['target']} {result['label']}: {result['error'] or ', '.join(result['broken'])}")
+    return int(options.check and (bool(bad) or not results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""bench.traffic against counts done by hand."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+
+from bench import traffic
+from bench.traffic import Counts, Operators, calibrations, count, measure
+
+
+@triton.jit
+def strided_kernel(x_ptr, y_ptr, size, stride, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs * stride, mask=offs < size)
+    tl.store(y_ptr + offs, x, mask=offs < size)
+
+
+@triton.jit
+def atomic_kernel(x_ptr, count_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tl.atomic_add(x_ptr + offs, 1.0, mask=offs < 5)
+    tl.atomic_cas(count_ptr, 0, 1)
+
+
+@triton.jit
+def scalar_kernel(x_ptr):
+    """Adds 1 to the element of this program in a grid of three dimensions."""
+    row = tl.program_id(0) * tl.num_programs(1) * tl.num_programs(2)
+    x_ptr += row + tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
+    tl.store(x_ptr, tl.load(x_ptr) + 1)
+
+
+@triton.jit
+def descriptor_kernel(x_ptr, y_ptr, M, N, BLOCK: tl.constexpr):
+    x = tl.make_tensor_descriptor(x_ptr, shape=[M, N], strides=[N, 1], block_shape=[BLOCK, BLOCK])
+    y = tl.make_tensor_descriptor(y_ptr, shape=[M, N], strides=[N, 1], block_shape=[BLOCK, BLOCK])
+    y.store([0, 0], x.load([0, 0]))
+
+
+@triton.jit
+def failing_kernel(x_ptr):
+    tl.store(x_ptr, tl.load(x_ptr))
+    tl.device_assert(False)
+    tl.static_assert(False)
+
+
+def aligned(size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Zeros whose first element begins a sector."""
+    x = torch.zeros(size + 64, dtype=dtype)
+    return x[-x.data_ptr() % 32 // x.itemsize :][:size]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8])
+def test_a_copy_counts_live_lanes_only(dtype: torch.dtype) -> None:
+    x, y = aligned(1000, dtype), aligned(1000, dtype)
+    with count() as counted:
+        strided_kernel[(4,)](x, y, 1000, 1, BLOCK=256)
+    size = 1000 * x.itemsize
+    sectors = triton.cdiv(size, 32)
+    assert counted.kernels == {"strided_kernel": Counts(size, size, sectors, sectors, launches=1, programs=4)}
+    assert (counted.loaded, counted.stored) == (size, size)
+
+
+@pytest.mark.parametrize(("stride", "sectors"), [(0, 1), (1, 8), (2, 16), (8, 64), (100, 64)])
+def test_strides_touch_more_sectors_for_the_same_bytes(stride: int, sectors: int) -> None:
+    with count() as counted:
+        strided_kernel[(1,)](aligned(6400), aligned(64), 64, stride, BLOCK=64)
+    assert (counted.loaded, counted.sectors_loaded) == (256, sectors)
+    assert (counted.stored, counted.sectors_stored) == (256, 8)
+
+
+def test_an_atomic_is_a_load_and_a_store() -> None:
+    x, done = aligned(8), torch.zeros(1, dtype=torch.int32)
+    with count() as counted:
+        atomic_kernel[(1,)](x, done, BLOCK=8)
+    assert x.tolist() == [1.0] * 5 + [0.0] * 3
+    assert (counted.loaded, counted.stored) == (5 * 4 + 4, 5 * 4 + 4)
+    assert (counted.sectors_loaded, counted.sectors_stored) == (2, 2)
+
+
+def test_descriptors_are_counted_within_their_shape() -> None:
+    x, y = torch.randn(5, 12), torch.empty(5, 12)
+    with count() as counted:
+        descriptor_kernel[(1,)](x, y, 5, 12, BLOCK=16)
+    assert torch.equal(x, y)
+    assert (counted.loaded, counted.stored) == (240, 240)
+
+
+@pytest.mark.parametrize("grid", [(6,), (2, 3), (2, 3, 4), (2, 0)])
+def test_programs_are_counted_and_an_empty_grid_is_no_launch(grid: tuple[int, ...]) -> None:
+    x = torch.zeros(24, dtype=torch.int32)
+    with count() as counted:
+        scalar_kernel[grid](x)
+        scalar_kernel[lambda _: grid](x)
+    programs = 1
+    for size in grid:
+        programs *= size
+    assert counted.programs == 2 * programs
+    assert counted.launches == (2 if programs else 0)
+    assert counted.loaded == counted.stored == 2 * programs * 4
+    assert x.sum() == 2 * programs
+
+
+def test_contexts_nest_and_tell_kernels_apart() -> None:
+    x = torch.zeros(64)
+    with count() as outer:
+        scalar_kernel[(3,)](x)
+        with count() as inner:
+            strided_kernel[(1,)](x, torch.empty(64), 64, 1, BLOCK=64)
+        scalar_kernel[(2,)](x)
+    assert set(inner.kernels) == {"strided_kernel"}
+    assert inner.loaded == 256
+    assert set(outer.kernels) == {"strided_kernel", "scalar_kernel"}
+    assert outer.kernels["scalar_kernel"].programs == 5
+    assert outer.loaded == 256 + 5 * 4
+
+
+def patched() -> list[object]:
+    memory = [getattr(interpreter._interpreter, name) for name in traffic.ACCESSES]
+    return [*memory, interpreter.GridExecutor.__call__, interpreter.InterpreterBuilder.set_grid_dim]
+
+
+def test_the_interpreter_is_restored_also_after_an_exception() -> None:
+    before = patched()
+    x = torch.zeros(64)
+    with count() as counted:
+        assert all(a is not b for a, b in zip(before, patched(), strict=True))
+        scalar_kernel[(3,)](x)
+    assert patched() == before
+    scalar_kernel[(3,)](x)
+    assert counted.programs == 3
+    with pytest.raises(Exception, match="Assert"), count() as counted:
+        failing_kernel[(1,)](x)
+    assert (counted.loaded, counted.stored) == (4, 4)
+    assert patched() == before
+
+
+def test_refuses_to_count_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"), count():
+        pass
+
+
+def test_calibration_on_a_copy_and_on_liger() -> None:
+    pytest.importorskip("liger_kernel")
+    passes = {row.name: f"{measure(row)['passes']:.2f}" for row in calibrations()}
+    assert passes == {"copy": "2.00", "Liger cross_entropy, gradient, dloss 1.0": "3.00"}
+
+
+def test_operators_are_those_that_compute() -> None:
+    x = torch.randn(4, 6, requires_grad=True)
+    with Operators() as operators:
+        torch.empty(4).unsqueeze(0)  # an allocation and a view
+    assert operators.total == 0
+    with count(), Operators() as operators:
+        y = torch.relu(x.t() @ x)  # mm, relu
+        traffic.copy(y.detach())  # one launch, and what the interpreter does for it
+    assert operators.total == 2
+    with Operators() as operators:
+        torch.autograd.grad(y, x, torch.ones(6, 6))  # ones, threshold_backward, mm twice, and their sum
+    assert operators.total == 5
+
+
+def test_report_writes_what_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = next(calibrations())
+    monkeypatch.setattr(traffic, "calibrations", lambda: iter((copy,)))
+    monkeypatch.setattr(traffic, "operations", lambda: iter(()))
+    assert traffic.main(["--json", str(tmp_path / "traffic.json")]) == 0
+    results = json.loads((tmp_path / "traffic.json").read_text())
+    assert results[0]["implementation"] == "copy"
+    assert results[0]["kernels"]["copy_kernel"]["loaded"] == results[0]["loaded"] == 400_000
+
+
+def test_report_fails_where_the_calibration_is_off(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    off = replace(next(calibrations()), expected=2.01)
+    monkeypatch.setattr(traffic, "calibrations", lambda: iter((off,)))
+    assert traffic.main([]) == 1
+    assert "calibration failed: copy makes 2.01 passes, not 2.00" in capsys.readouterr().out

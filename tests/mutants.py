@@ -1,0 +1,220 @@
+"""Kernels broken on purpose: `make mutants` breaks each one way at a time and fails if the tests let a breakage live.
+
+    python -m tests.mutants [--only SUBSTRING] [--jobs 2]
+
+A mutant is one replaced line in a copy of the repository; it is killed when the tests of its file fail there. A test
+that a wrong kernel passes is a defect, so whoever writes a kernel adds its mutants here.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old`, which stands in `file` once behind `after`, becomes `new`."""
+
+    name: str
+    file: str
+    after: str
+    old: str
+    new: str
+
+    def source(self) -> str:
+        """The broken file. Raises ValueError where there is nothing to break: the list must keep up."""
+        text = (ROOT / self.file).read_text()
+        start = text.index(self.after)
+        place = text.index(self.old, start)
+        return text[:place] + self.new + text[place + len(self.old) :]
+
+
+def of(file: str, kernel: str, *changes: tuple[str, str, str]) -> list[Mutant]:
+    """The mutants (name, old, new) of one kernel or device function."""
+    return [Mutant(f"{kernel}: {name}", file, f"def {kernel}(", old, new) for name, old, new in changes]
+
+
+LINEAR, CROSS_ENTROPY, NUMERICS = "kernels/linear.py", "kernels/cross_entropy.py", "kernels/numerics.py"
+
+MUTANTS = [
+    *of(
+        LINEAR,
+        "linear_forward_kernel",
+        ("mask of K", "mask_k = offs_k < K - k", "mask_k = offs_k < K"),
+        ("mask of M", "mask_m, mask_n = offs_m < M,", "mask_m, mask_n = offs_m <= M,"),
+        ("stride of w", "offs_k[:, None] * stride_wk", "offs_k[:, None] * 1"),
+        ("stride of b", "offs_n * stride_b", "offs_n"),
+        ("step of x", "x_ptrs += BLOCK_K * stride_xk", "x_ptrs += BLOCK_K"),
+        ("sign of b", "acc += load(b_ptr", "acc -= load(b_ptr"),
+        ("relu of NaN", "tl.where(acc <= 0, 0.0, acc)", "tl.where(acc > 0, acc, 0.0)"),
+        ("order of programs", "tl.program_id(0) % tiles_n", "tl.program_id(0) // tiles_n"),
+        ("32-bit offsets", "(tl.program_id(0) // tiles_n).to(tl.int64)", "(tl.program_id(0) // tiles_n)"),
+    ),
+    *of(
+        LINEAR,
+        "load_masked_gradient",
+        ("zero at zero", "<= 0, 0.0, dy)", "< 0, 0.0, dy)"),
+        ("passes at NaN", "tl.where(load(y_ptrs, mask) <= 0, 0.0, dy)", "tl.where(load(y_ptrs, mask) > 0, dy, 0.0)"),
+        ("no mask", "if RELU:", "if False:"),
+    ),
+    *of(
+        LINEAR,
+        "linear_input_grad_kernel",
+        ("mask of N", "mask_n = offs_n < N - n", "mask_n = offs_n < N"),
+        ("stride of dy", "offs_n[None, :] * stride_dyn", "offs_n[None, :]"),
+        ("row stride of dy", "offs_m[:, None] * stride_dym", "offs_m[:, None] * N"),
+        ("step of y", "y_ptrs += BLOCK_N", "y_ptrs += 0"),
+        ("step of w", "w_ptrs += BLOCK_N * stride_wn", "w_ptrs += BLOCK_N"),
+        ("rows of dx", "offs_m[:, None] * K", "offs_m[:, None] * N"),
+    ),
+    *of(
+        LINEAR,
+        "linear_weight_grad_kernel",
+        ("mask of the split", "last_m = tl.minimum(M, (split + 1) * split_rows)", "last_m = M"),
+        ("mask of M", "mask_m = offs_m < last_m - m", "mask_m = offs_m < last_m"),
+        ("stride of x", "offs_k[None, :] * stride_xk", "offs_k[None, :]"),
+        ("step of y", "y_ptrs += BLOCK_M * N", "y_ptrs += BLOCK_M"),
+        ("sum of db", "db += tl.sum(g.to(acc_dtype), axis=0)", "db = tl.sum(g.to(acc_dtype), axis=0)"),
+        ("place of a split of dw", "dw_ptr + split * stride_split", "dw_ptr"),
+        ("place of a split of db", "db_ptr + split * stride_split", "db_ptr"),
+        ("who writes db", "mask_n & (tile_k == 0)", "mask_n & (tile_k == 1)"),
+    ),
+    *of(
+        LINEAR,
+        "sum_splits_kernel",
+        ("one too few", "range(1, splits)", "range(2, splits)"),
+        ("same split again", "partial_ptr += size", "partial_ptr += 0"),
+        ("place of db", "db_ptr + (offs - size_dw)", "db_ptr + offs"),
+        ("end of dw", "total, offs < size_dw)", "total, offs < size_dw - 1)"),
+    ),
+    *of(
+        CROSS_ENTROPY,
+        "count_labels_kernel",
+        ("ignored ones too", "(mask & (target != ignore_index))", "mask"),
+        ("into the next program's", "last = tl.minimum(M, first + program_rows)", "last = M"),
+        ("stride", "(offs + row) * stride_t", "(offs + row)"),
+        ("only the last trip", "count += (mask", "count = (mask"),
+    ),
+    *of(CROSS_ENTROPY, "count_valid", ("one too few", "offs < counts", "offs < counts - 1")),
+    *of(
+        CROSS_ENTROPY,
+        "finish_losses",
+        ("ignored rows lose", "tl.where(valid, tl", "tl.where(True, tl"),
+        ("bad labels pass", 'tl.where(in_range, loss, float("nan"))', "loss"),
+    ),
+    *of(
+        CROSS_ENTROPY,
+        "finish_gradient",
+        ("label's 1", "p - (1.0 - SMOOTHING), p)", "p, p)"),
+        ("smoothing", "gradient -= SMOOTHING", "gradient += SMOOTHING"),
+        ("scale", "gradient * scale", "gradient"),
+        ("bad labels pass", 'tl.where(in_range, gradient * scale, float("nan"))', "gradient * scale"),
+        ("ignored rows", "return tl.where(valid, gradient, 0.0)", "return gradient"),
+    ),
+    *of(
+        CROSS_ENTROPY,
+        "cross_entropy_kernel",
+        ("no maximum", "x - tl.max(x, axis=1)[:, None]", "x"),
+        ("mask of C", "mask_m[:, None] & (offs_c < C)[None, :]", "mask_m[:, None] & (offs_c <= C)[None, :]"),
+        ("stride of x", "offs_c.to(tl.int64)[None, :] * stride_xc", "offs_c.to(tl.int64)[None, :]"),
+        ("stride of the labels", "offs_m * stride_t", "offs_m"),
+        ("negative labels", "(target >= 0) & (target < C)", "target < C"),
+        ("large labels", "(target >= 0) & (target < C)", "target >= 0"),
+        ("smoothing of the label", "(1.0 - SMOOTHING) * tl.sum", "tl.sum"),
+        ("rows past the end", "valid = mask_m & (target", "valid = (target"),
+        ("count of the batch", "tl.sum(valid.to(tl.int32)) if", "M if"),
+        ("scale of one program", "(tl.sum(loss) * scale)", "tl.sum(loss)"),
+        ("32-bit offsets", "tl.program_id(0).to(tl.int64)", "tl.program_id(0)"),
+    ),
+    *of(
+        CROSS_ENTROPY,
+        "cross_entropy_long_kernel",
+        ("no rescaling", "totals * tl.exp(m - new_base)", "totals"),
+        ("maximum of the last block", "new_m = tl.maximum(m, tl.max(x))", "new_m = tl.max(x)"),
+        ("first block of -inf", 'tl.where(new_m == float("-inf"), 0.0, new_m)', "new_m"),
+        ("mask of C", "mask = offs_c < C - c", "mask = offs_c < C"),
+        ("spread not moved", "(c // BLOCK_C) * (base - new_base)", "0 * (base - new_base)"),
+        ("label's logit", "x_row + target * stride_xc", "x_row + target"),
+        ("label of the block", "offs_c + c == target", "offs_c == target"),
+        ("place of the gradient", "row * C + c + offs_c", "row * C + offs_c"),
+        ("32-bit offsets", "(offs_c + c).to(tl.int64)", "(offs_c + c)"),
+    ),
+    *of(
+        CROSS_ENTROPY,
+        "sum_losses_kernel",
+        ("mask", "offs < partials - first", "offs < partials"),
+        ("only the last trip", "sums += tl.load", "sums = tl.load"),
+        ("sum for mean", 'REDUCTION == "mean"', 'REDUCTION == "none"'),
+    ),
+    *of(
+        CROSS_ENTROPY,
+        "scale_gradient_kernel",
+        ("stride of dloss", "offs_m * stride_dloss", "offs_m * 0"),
+        ("early exit at any 1", "tl.sum((dloss != 1.0).to(tl.int32)) > 0", "tl.min((dloss != 1.0).to(tl.int32)) > 0"),
+        ("ignored rows", "tl.where((target != ignore_index)[:, None], grad, 0.0)", "grad"),
+        ("mask of C", "(offs_c < C)[None, :]", "(offs_c < C - 1)[None, :]"),
+    ),
+    *of(
+        NUMERICS,
+        "load",
+        ("bfloat16 in the interpreter", "return tile.to(tl.float32)", "return tile"),
+    ),
+    *of(
+        NUMERICS,
+        "store",
+        ("truncation", "(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16", "bits >> 16"),
+        ("ties away from even", "((bits >> 16) & 1)", "1"),
+        ("NaN", "tl.where(tile == tile, rounded, quiet_nan)", "rounded"),
+    ),
+    *of(NUMERICS, "sum_dtype", ("float64 in float32", "tl.float64 if dtype == tl.float64 else", "")),
+]
+"""A mask, a stride, a sign, a scale, a dtype: what goes wrong in kernels."""
+
+TESTS = {
+    LINEAR: ["tests/kernels/test_linear.py"],
+    CROSS_ENTROPY: ["tests/kernels/test_cross_entropy.py"],
+    NUMERICS: ["tests/kernels"],
+}
+
+
+def survives(mutant: Mutant) -> bool:
+    """Whether the tests pass on a copy of the repository with `mutant` in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        ignored = shutil.ignore_patterns(".*", "__pycache__", "runs", "*.egg-info")
+        shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
+        (copy / mutant.file).write_text(mutant.source())
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS[mutant.file]]
+        environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+    if result.returncode > 1:  # pytest could not run; a crash, of a read out of bounds, is negative and a kill
+        raise RuntimeError(f"{mutant.name}: pytest ended with {result.returncode}\n{result.stdout}{result.stderr}")
+    return result.returncode == 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the mutants; 1 if one lives."""
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", metavar="SUBSTRING", help="only mutants with this in their name")
+    parser.add_argument("--jobs", type=int, default=2, help="how many at once; default: %(default)s")
+    options = parser.parse_args(arguments)
+    mutants = [mutant for mutant in MUTANTS if options.only in mutant.name]
+    living = []
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for mutant, lives in zip(mutants, pool.map(survives, mutants), strict=True):
+            print(f"{'LIVES ' if lives else 'killed'}  {mutant.file}  {mutant.name}", flush=True)
+            living += [mutant.name] * lives
+    print(f"{len(mutants)} mutants, {len(living)} alive")
+    return int(bool(living) or not mutants)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

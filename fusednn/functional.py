@@ -41,12 +41,13 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
 def _pytorch(operation: Callable[..., Tensor], x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     """`operation` of PyTorch, which refuses what is wrong with the arguments, but reads past a meta tensor's end."""
-    for name, tensor in (("weight", w), ("bias", b)):
-        if isinstance(tensor, Tensor) and isinstance(x, Tensor) and tensor.device != x.device:
-            raise RuntimeError(
-                "Expected all tensors to be on the same device, "
-                f"but input is on {x.device} and {name} is on {tensor.device}"
-            )
+    if getattr(w, "is_meta", False) or getattr(b, "is_meta", False):
+        for name, tensor in (("weight", w), ("bias", b)):
+            if isinstance(tensor, Tensor) and tensor.device != x.device:
+                raise RuntimeError(
+                    "Expected all tensors to be on the same device, "
+                    f"but input is on {x.device} and {name} is on {tensor.device}"
+                )
     return operation(x, w, b)
 
 

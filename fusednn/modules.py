@@ -64,19 +64,22 @@ class SimpleNN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [*, output_size] of x [*, input_size]."""
-        if _fusible(self.fc1, self.relu):
-            hidden = self.fc1(x, relu=True)
+        fc1, relu = self.fc1, self.relu
+        if _fusible(fc1, relu):
+            hidden = fc1(x, relu=True)
         else:
             dispatch.note(dispatch.Decision("relu", "PyTorch", "fc1 or relu has hooks or was replaced"))
-            hidden = self.relu(self.fc1(x))
+            hidden = relu(fc1(x))
         logits: Tensor = self.fc2(hidden)
         return logits
 
 
 def _fusible(fc: nn.Module, relu: nn.Module) -> bool:
     """Whether fc(x, relu=True) does all that relu(fc(x)) does: hooks of either module, or of all, would tell."""
-    if type(relu) is not nn.ReLU or type(fc).forward is not Linear.forward or "forward" in fc.__dict__:
+    if type(relu) is not nn.ReLU or type(fc).forward is not Linear.forward:
         return False
-    seen_by_fc = fc._forward_hooks or fc._backward_hooks or fc._backward_pre_hooks
-    seen_by_relu = relu._forward_pre_hooks or relu._forward_hooks or relu._backward_hooks or relu._backward_pre_hooks
-    return not (seen_by_fc or seen_by_relu or "forward" in relu.__dict__ or _has_any_global_hook())
+    if fc._forward_hooks or relu._forward_hooks or relu._forward_pre_hooks or _has_any_global_hook():
+        return False
+    if fc._backward_hooks or relu._backward_hooks or fc._backward_pre_hooks or relu._backward_pre_hooks:
+        return False
+    return "forward" not in fc.__dict__ and "forward" not in relu.__dict__

@@ -31,7 +31,7 @@ def load(seed: int) -> Digits:
 
     The images of each digit, in an order drawn from `seed` (0 to 2^63 - 1), are dealt like cards: of every twenty,
     three to the test, one to validation, sixteen to training. So every digit has its share in every part, which
-    matters: with parts drawn blindly 3 to 7 of 15 seeds stayed under a test accuracy of 0.97, dealt so 0 to 2.
+    matters: with parts drawn blindly 3 to 7 of 15 seeds ended under a test accuracy of 0.97, with fair shares 0 to 3.
     """
     pixels, labels = load_digits(return_X_y=True)
     inputs, targets = torch.from_numpy(pixels / 16).float(), torch.from_numpy(labels)

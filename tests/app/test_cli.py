@@ -33,7 +33,7 @@ sys.exit(main())
 
 @pytest.fixture
 def pytorch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """PyTorch serves the operations, as in a process without TRITON_INTERPRET: the interpreter takes 0.2 s a step."""
+    """PyTorch serves the operations, as in a process without TRITON_INTERPRET: the interpreter takes 0.3 s a step."""
     threads = torch.get_num_threads()
     monkeypatch.setattr("fusednn.dispatch.INTERPRETED", False)
     yield

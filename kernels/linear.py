@@ -100,8 +100,8 @@ def linear_weight_grad_kernel(
 ):  # fmt: skip
     """dw[n, k] = Σ_m g[m, n] x[m, k] and db[n] = Σ_m g[m, n], g the masked dy.
 
-    A program has one [BLOCK_N, BLOCK_K] tile of dw over `split_rows` rows of the batch; split s writes
-    `stride_split` elements after split s - 1. The programs of the first tile column write db.
+    A program has one [BLOCK_N, BLOCK_K] tile of dw over `split_rows` rows of the batch, a multiple of BLOCK_M; split s
+    writes `stride_split` elements after split s - 1. The programs of the first tile column write db.
     """
     tiles_n, tiles_k = tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
     tile_k = tl.program_id(0) % tiles_k
@@ -110,7 +110,6 @@ def linear_weight_grad_kernel(
     offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tile_k.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_m = split * split_rows + tl.arange(0, BLOCK_M)
-    last_m = tl.minimum(M, (split + 1) * split_rows)
     mask_n, mask_k = offs_n < N, offs_k < K
     dy_ptrs = dy_ptr + offs_m[:, None] * stride_dym + offs_n[None, :] * stride_dyn
     y_ptrs = y_ptr + offs_m[:, None] * N + offs_n[None, :]
@@ -120,7 +119,7 @@ def linear_weight_grad_kernel(
     dw = tl.zeros((BLOCK_N, BLOCK_K), dtype=acc_dtype)
     db = tl.zeros((BLOCK_N,), dtype=acc_dtype)
     for m in range(0, split_rows, BLOCK_M):
-        mask_m = offs_m < last_m - m
+        mask_m = offs_m < M - m
         g = load_masked_gradient(dy_ptrs, y_ptrs, mask_m[:, None] & mask_n[None, :], RELU)
         if NEEDS_DW:
             x = load(x_ptrs, mask_m[:, None] & mask_k[None, :])

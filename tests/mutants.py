@@ -78,8 +78,8 @@ MUTANTS = [
     *of(
         LINEAR,
         "linear_weight_grad_kernel",
-        ("mask of the split", "last_m = tl.minimum(M, (split + 1) * split_rows)", "last_m = M"),
-        ("mask of M", "mask_m = offs_m < last_m - m", "mask_m = offs_m < last_m"),
+        ("mask of M", "mask_m = offs_m < M - m", "mask_m = offs_m < M"),
+        ("rows of a split", "offs_m = split * split_rows +", "offs_m ="),
         ("stride of x", "offs_k[None, :] * stride_xk", "offs_k[None, :]"),
         ("step of y", "y_ptrs += BLOCK_M * N", "y_ptrs += BLOCK_M"),
         ("sum of db", "db += tl.sum(g.to(acc_dtype), axis=0)", "db = tl.sum(g.to(acc_dtype), axis=0)"),

@@ -210,6 +210,15 @@ def test_large_logits_keep_their_accuracy(classes: int, offset: float, device: s
 
 
 @pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("far", [300.0, -300.0], ids=["first block", "last block"])
+def test_the_maximum_can_be_in_any_block(far: float, device: str) -> None:
+    """exp of the distance between two blocks would overflow."""
+    x, target = batch(5, 20, torch.float32, device)
+    x[:, :8] += far
+    check(x, target, "none", 0.1)
+
+
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", [3, 20])
@@ -244,17 +253,22 @@ def test_same_bits_twice(classes: int, device: str) -> None:
 @pytest.mark.unpoisoned  # poisoning would touch all of the memory that this test only reserves
 @pytest.mark.parametrize("small", [True, False], ids=["rows in blocks", "rows on chip"])
 def test_offsets_past_32_bits(small: bool, request: pytest.FixtureRequest) -> None:
-    """Rows, classes and labels 2^31 elements apart, in memory that is reserved and not touched."""
+    """Rows, classes and labels of which the last lie past 2^31 elements, in memory that is reserved and not touched."""
     if small:
         request.getfixturevalue("small_tiles")
-    apart = 2**31 + 64
-    x = torch.randn(2, 20).half()
-    target = torch.tensor([3, 19])
+    apart = 2**30 + 64
+    x = torch.randn(3, 20).half()
+    target = torch.tensor([3, 19, 7])
     right = kernels.cross_entropy_forward(x, target, IGNORED, "mean", 0.0, True)
-    rows = torch.empty(apart + 64, dtype=torch.float16).as_strided((2, 20), (apart, 1)).copy_(x)
-    classes = torch.empty(apart + 64, dtype=torch.float16).as_strided((2, 20), (1, apart // 19)).copy_(x)
-    labels = torch.empty(apart + 64, dtype=torch.int8).as_strided((2,), (apart,)).copy_(target)
-    for logits, label in ((rows, target), (classes, target), (x, labels)):
+    memory = torch.empty(2 * apart + 64, dtype=torch.float16)
+    rows = memory.as_strided((3, 20), (apart, 1)).copy_(x)
+    labels = torch.empty(2 * apart + 64, dtype=torch.int8).as_strided((3,), (apart,)).copy_(target)
+    for logits, label in ((rows, target), (x, labels)):
         results = kernels.cross_entropy_forward(logits, label, IGNORED, "mean", 0.0, True)
         for result, value in zip(results, right, strict=True):
             assert torch.equal(bits(result), bits(value))
+    step = apart // 9
+    classes = torch.empty(20 * step, dtype=torch.float16).as_strided((3, 20), (1, step)).copy_(x)
+    results = kernels.cross_entropy_forward(classes, target, IGNORED, "mean", 0.0, True)
+    for result, value in zip(results, right, strict=True):
+        assert torch.equal(bits(result), bits(value))

@@ -133,7 +133,7 @@ def test_nan_and_infinity(dtype: torch.dtype, device: str) -> None:
     inf, nan = float("inf"), float("nan")
     x = torch.tensor([[1.0], [0.0], [-1.0], [inf], [-inf], [nan]], dtype=dtype, device=device)
     w = torch.tensor([[1.0], [-1.0]], dtype=dtype, device=device)
-    dy = torch.full((6, 2), 3.0, dtype=dtype, device=device)
+    dy = torch.tensor([[3.0, 5.0]], dtype=dtype, device=device).repeat(6, 1)
     y = kernels.linear_forward(x, w, None, True)
     leaf = (x.double() @ w.double().T).requires_grad_()
     torch.relu(leaf).backward(dy.double())
@@ -177,23 +177,20 @@ def test_a_row_does_not_depend_on_the_batch(device: str) -> None:
 
 @pytest.mark.unpoisoned  # poisoning would touch all of the memory that this test only reserves
 def test_offsets_past_32_bits() -> None:
-    """Rows 2^31 elements apart, in memory that is reserved and not touched."""
-    apart = 2**31 + 64
-    x = torch.empty(apart + 64, dtype=torch.float16).as_strided((2, 8), (apart, 1))
-    x.copy_(torch.randn(2, 8))
-    w = torch.randn(3, 8).half()
-    torch.testing.assert_close(
-        kernels.linear_forward(x, w, None, False), kernels.linear_forward(x.clone(), w, None, False)
-    )
-    dy = torch.empty(apart + 64, dtype=torch.float16).as_strided((2, 3), (apart, 1))
-    dy.copy_(torch.randn(2, 3))
-    torch.testing.assert_close(kernels.linear_input_grad(dy, None, w), kernels.linear_input_grad(dy.clone(), None, w))
-    for result, right in zip(
-        kernels.linear_weight_grad(dy, None, x, True, True),
-        kernels.linear_weight_grad(dy.clone(), None, x.clone(), True, True),
-        strict=True,
-    ):
-        torch.testing.assert_close(result, right)
+    """Rows so far apart that only the last lies past 2^31 elements, in memory that is reserved and not touched."""
+    apart = 2**30 + 64
+
+    def far(columns: int) -> tuple[Tensor, Tensor]:
+        near = torch.randn(3, columns).half()
+        memory = torch.empty(2 * apart + 64, dtype=torch.float16)
+        return near, memory.as_strided((3, columns), (apart, 1)).copy_(near)
+
+    (x, far_x), (w, far_w), (dy, far_dy) = far(8), far(8), far(3)
+    assert torch.equal(kernels.linear_forward(far_x, far_w, None, False), kernels.linear_forward(x, w, None, False))
+    assert torch.equal(kernels.linear_input_grad(far_dy, None, far_w), kernels.linear_input_grad(dy, None, w))
+    results = kernels.linear_weight_grad(far_dy, None, far_x, True, True)
+    for result, right in zip(results, kernels.linear_weight_grad(dy, None, x, True, True), strict=True):
+        assert torch.equal(result, right)
 
 
 def test_tables_are_complete() -> None:

@@ -40,6 +40,9 @@ TARGETS = {
 TENSOR_CORES = {"sm_80": {"fp64"}, "sm_90": {"fp64"}, "sm_100": set(), "gfx942": {"fp64"}}
 """Dtypes beside fp16, bf16 and tf32 whose products have tensor-core instructions (on sm_100 Triton 3.7 has none)."""
 
+SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+"""The bytes of shared memory that a program may take; for sm_80 what its smaller relatives, sm_86 and sm_89, have."""
+
 CLIFF = 32
 """Registers that ptxas may fall to, with thousands of spills, where a kernel does not fit its warps (see FACTS)."""
 
@@ -91,6 +94,7 @@ BUDGETS: dict[str, Callable[[Any, str, Resources], bool]] = {
         used.tensor_core > 0 or not used.has_dot or not uses_tensor_cores(build, target)
     ),
     "16-byte accesses": lambda build, target, used: used.wide > 0 or not is_aligned(build),
+    "fitting shared memory": lambda build, target, used: used.shared <= SHARED[target],
     "above the register cliff": lambda build, target, used: used.registers > CLIFF or used.spills == 0,
 }
 """What every build must keep to."""

@@ -92,6 +92,13 @@ def note(decision: Decision) -> None:
         raise FallbackError(str(decision))
 
 
+def overrule(operation: str, reason: str) -> None:
+    """Report that PyTorch serves `operation` after all: :func:`serves` saw the tensor alone, not every argument."""
+    if _watch.decisions:
+        _watch.decisions.pop()
+    note(Decision(operation, "PyTorch", reason))
+
+
 def explain(fn: Callable[..., Any], *inputs: Any, **kwargs: Any) -> tuple[Decision, ...]:
     """Run ``fn(*inputs, **kwargs)`` without gradients and tell which implementation served each operation, and why.
 

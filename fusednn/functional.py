@@ -58,8 +58,8 @@ def _linear(x: Tensor, w: Tensor, b: Tensor | None, relu: bool) -> Tensor:
         x, w, b = _autocast(x, dtype), _autocast(w, dtype), None if b is None else _autocast(b, dtype)
     if not _linear_takes(x, w, b):
         y = _pytorch(reference.linear_relu if relu else reference.linear, x, w, b)
-        reason = f"no kernel for weight {list(w.shape)}, bias {None if b is None else list(b.shape)}"
-        dispatch.note(dispatch.Decision("linear_relu" if relu else "linear", "PyTorch", reason))
+        shapes = [None if tensor is None else list(tensor.shape) for tensor in (w, b)]
+        dispatch.overrule("linear_relu" if relu else "linear", f"no kernel for weight {shapes[0]}, bias {shapes[1]}")
         return y
     if x.dim() == 2:
         return ops.linear(x, w, b, relu)
@@ -112,14 +112,16 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = legacy.legacy_get_string(size_average, reduce)
     _refuse_unfinished(input, target, weight)
-    if not (
-        isinstance(input, Tensor)
-        and dispatch.serves("cross_entropy", input)
-        and _cross_entropy_takes(input, target, ignore_index, reduction, label_smoothing)
-    ):
-        return reference.cross_entropy(
+    serves = isinstance(input, Tensor) and dispatch.serves("cross_entropy", input)
+    if not (serves and _cross_entropy_takes(input, target, ignore_index, reduction, label_smoothing)):
+        loss = reference.cross_entropy(
             input, target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
         )
+        if serves:
+            dispatch.overrule(
+                "cross_entropy", f"no kernel for ignore_index {ignore_index!r}, label_smoothing {label_smoothing!r}"
+            )
+        return loss
     if torch.is_autocast_enabled(input.device.type):
         input = _autocast(input, torch.float32)
     smoothing = float(label_smoothing) if label_smoothing > 0 else 0.0
@@ -152,8 +154,9 @@ def _cross_entropy_takes(
         and target.device == input.device
         and input.dim() in (1, 2)
         and target.shape == input.shape[:-1]
-        and isinstance(ignore_index, int)
+        and type(ignore_index) is int
+        and -(2**63) <= ignore_index < 2**63
         and reduction in ("none", "mean", "sum")
-        and isinstance(label_smoothing, float | int)
+        and type(label_smoothing) in (float, int)
         and not label_smoothing > 1.0
     )

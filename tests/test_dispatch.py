@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -58,6 +59,18 @@ def test_strict_forbids_arguments_that_no_kernel_takes() -> None:
         functional.linear(x, w, torch.randn(4))
         with pytest.raises(FallbackError, match=r"linear_relu: PyTorch .*bias \[1\]"):
             functional.linear_relu(x, w, torch.randn(1))
+
+
+def test_explain_tells_who_served_in_the_end() -> None:
+    """The tensor alone would have been Triton's; another argument was not."""
+    x, w, target = torch.randn(5, 6), torch.randn(4, 6), torch.zeros(5, dtype=torch.int64)
+    (decision,) = explain(functional.linear, x, w, torch.randn(1))
+    assert str(decision) == "linear: PyTorch (no kernel for weight [4, 6], bias [1])"
+    (decision,) = explain(functional.cross_entropy, x, target, label_smoothing=np.float64(0.1))
+    assert decision.implementation == "PyTorch"
+    assert "label_smoothing" in decision.reason
+    with strict(), pytest.raises(FallbackError, match="cross_entropy: PyTorch"):
+        functional.cross_entropy(x, target, ignore_index=np.int64(1))
 
 
 def test_strict_is_of_its_thread() -> None:

@@ -242,6 +242,16 @@ class TestCrossEntropy:
         (grad,) = torch.autograd.grad(total, x, retain_graph=True)
         torch.testing.assert_close(grad, torch.autograd.grad(right, x)[0])
 
+    def test_a_hook_on_saved_tensors_sees_no_change(self, device: str) -> None:
+        x, target = self.batch(9, 5, device)
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            loss = functional.cross_entropy(x, target) * 3
+        before = [tensor.clone() for tensor in kept]
+        loss.backward()
+        assert all(torch.equal(tensor, old) for tensor, old in zip(kept, before, strict=True))
+        assert kept
+
     def test_no_gradient_is_computed_without_need(self, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
         from fusednn.kernels import cross_entropy as kernels
 
@@ -333,6 +343,8 @@ def _calls() -> dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]]:
         "smoothing": ("cross_entropy", (logits, target), {"label_smoothing": 1.1}),
         "target on another device": ("cross_entropy", (logits, target.to("meta")), {}),
         "list as target": ("cross_entropy", (logits, [0, 1, 2, 3]), {}),
+        "bool ignore_index": ("cross_entropy", (logits, target), {"ignore_index": True}),
+        "ignore_index past 64 bits": ("cross_entropy", (logits, target), {"ignore_index": 2**63}),
         "float ignore_index": ("cross_entropy", (logits, target), {"ignore_index": 1.5}),
         "0-d logits": ("cross_entropy", (torch.tensor(1.0), torch.tensor(0)), {}),
     }

@@ -72,6 +72,8 @@ class CrossEntropy(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         _, target, ctx.ignore_index, ctx.reduction, ctx.label_smoothing = inputs
         ctx.set_materialize_grads(False)
+        # A hook on saved tensors may keep what it was given.
+        ctx.private = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
         ctx.save_for_backward(output[1], target)
 
     @staticmethod
@@ -82,7 +84,7 @@ class CrossEntropy(torch.autograd.Function):
             dloss = dloss.unsqueeze(-1) if dloss.dim() else dloss
             dx = torch.where((target == ctx.ignore_index).unsqueeze(-1), 0, grad * dloss)
         elif dloss is not None:
-            dx = _scale(dloss, grad, target, ctx.ignore_index)
+            dx = _scale(dloss, grad, target, ctx.ignore_index, ctx.private)
         if v is not None:
             second = _second_derivative(grad, target, v, ctx.ignore_index, ctx.reduction, ctx.label_smoothing)
             dx = second if dx is None else dx + second
@@ -92,12 +94,12 @@ class CrossEntropy(torch.autograd.Function):
 _record: Callable[..., tuple[Tensor, Tensor]] = recorded(CrossEntropy)
 
 
-def _scale(dloss: Tensor, grad: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+def _scale(dloss: Tensor, grad: Tensor, target: Tensor, ignore_index: int, private: bool) -> Tensor:
     """dloss · grad, in the buffer of `grad` where this backward is the last to read it and nobody else can."""
     if not eager(dloss, grad):
         return _scale_gradient(dloss, grad, target, ignore_index)
-    kept = torch._C._autograd._get_current_graph_task_keep_graph()
-    scaled: Tensor = kernels("cross_entropy").scale_gradient(dloss, grad, target, ignore_index, in_place=not kept)
+    last = private and not torch._C._autograd._get_current_graph_task_keep_graph()
+    scaled: Tensor = kernels("cross_entropy").scale_gradient(dloss, grad, target, ignore_index, in_place=last)
     return scaled
 
 

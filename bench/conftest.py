@@ -1,7 +1,9 @@
 """How the benchmarks run: the timer, what is written beside each result, and the budgets printed at the end."""
 
+import os
 import platform
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,16 @@ BUDGETS = {
     "training step, 64-128-10, batch 32, cpu": 1.05,
 }
 """What the design allows; other groups are printed without a verdict."""
+
+
+DEADLINE = time.monotonic() + float(os.environ.get("FUSEDNN_BENCH_SECONDS", "inf"))
+"""No benchmark starts later, so that a run with little time ends by itself and writes what it has."""
+
+
+def pytest_runtest_setup() -> None:
+    """Skip what there is no time for."""
+    if time.monotonic() > DEADLINE:
+        pytest.skip("no time left")
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -43,6 +55,12 @@ class Stamp:
         """Seconds of GPU time since `earlier`."""
         self.event.synchronize()
         return earlier.event.elapsed_time(self.event) / 1000
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` by Inductor, for the shapes it meets first; what was compiled before is forgotten."""
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False)
 
 
 def capture(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:

@@ -35,6 +35,9 @@ BENCHMARKS = {"simple_nn": 60, "python": 60, "cross_entropy": 150, "linear": 150
 
 TEST_SECONDS = 300
 
+LAST_BENCHMARK = 20
+"""Seconds that the last benchmark of a part may take, and pytest to write its JSON."""
+
 
 def card() -> str | None:
     """The name of the GPU as part of a file name, e.g. nvidia-h100-80gb-hbm3; None without one."""
@@ -45,10 +48,11 @@ def card() -> str | None:
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
 
 
-def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
-    """A pytest process of compiled kernels, its output in `log`."""
-    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *arguments]
+def start(arguments: list[str], log: Path, seconds: float) -> subprocess.Popen[bytes]:
+    """A pytest process of compiled kernels, its output in `log`; after `seconds` it starts no more benchmarks."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT), "FUSEDNN_BENCH_SECONDS": str(seconds)}
+    # a warning of a peer or of another version of PyTorch is no failure here
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "default", "-q", *arguments]
     with log.open("wb") as file:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
 
@@ -84,17 +88,17 @@ def main(arguments: list[str] | None = None) -> int:
         (options.out / f"{name}-parts.json").write_text(json.dumps(ended, indent=1) + "\n")
 
     logs = [options.out / f"{name}-{Path(file).stem}.log" for file in TESTS]
-    processes = [start([file, "-m", "gpu"], log) for file, log in zip(TESTS, logs, strict=True)]
+    processes = [start([file, "-m", "gpu"], log, TEST_SECONDS) for file, log in zip(TESTS, logs, strict=True)]
     for file, process, log in zip(TESTS, processes, logs, strict=True):
         status = finish(process, left(TEST_SECONDS - (time.monotonic() - begin)))
-        note(file, f"{status}, {log.read_text().strip().splitlines()[-1]}")
+        note(file, f"{status}, {(log.read_text().strip() or 'no output').splitlines()[-1]}")
     for part, most in BENCHMARKS.items():
         if find_spec("pytest_benchmark") is None:
             note(part, "skipped: pytest-benchmark is not installed")
-        elif left(most) > 10:
+        elif left(most) > 2 * LAST_BENCHMARK:
             files = [options.out / f"{name}-{part}.{suffix}" for suffix in ("json", "log")]
-            process = start([f"bench/bench_{part}.py", "--benchmark-only", f"--benchmark-json={files[0]}"], files[1])
-            note(part, finish(process, left(most)))
+            arguments = [f"bench/bench_{part}.py", "--benchmark-only", f"--benchmark-json={files[0]}"]
+            note(part, finish(start(arguments, files[1], left(most) - LAST_BENCHMARK), left(most)))
     return int(any(not ended[file].startswith("exit status 0") for file in TESTS))
 
 

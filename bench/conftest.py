@@ -33,15 +33,20 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     """Card, driver, versions and commit into every JSON file."""
     import triton
 
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    machine_info |= {"torch": torch.__version__, "triton": triton.__version__, "commit": commit.stdout.strip()}
+    commit = _said_by(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"])
+    machine_info |= {"torch": torch.__version__, "triton": triton.__version__, "commit": commit}
     machine_info["python"] = platform.python_version()
     if torch.cuda.is_available():
         query = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.max.sm", "--format=csv,noheader"]
-        smi = subprocess.run(query, capture_output=True, text=True, check=False)
-        machine_info |= {"card": torch.cuda.get_device_name(), "nvidia-smi": smi.stdout.strip()}
+        machine_info |= {"card": torch.cuda.get_device_name(), "nvidia-smi": _said_by(query)}
+
+
+def _said_by(command: list[str]) -> str:
+    """What `command` prints, or "unknown" where there is no such command or it fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 class Stamp:

@@ -51,8 +51,7 @@ def card() -> str | None:
 def start(arguments: list[str], log: Path, seconds: float) -> subprocess.Popen[bytes]:
     """A pytest process of compiled kernels, its output in `log`; after `seconds` it starts no more benchmarks."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT), "FUSEDNN_BENCH_SECONDS": str(seconds)}
-    # a warning of a peer or of another version of PyTorch is no failure here
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "default", "-q", *arguments]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *arguments]
     with log.open("wb") as file:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
 
@@ -97,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
             note(part, "skipped: pytest-benchmark is not installed")
         elif left(most) > 2 * LAST_BENCHMARK:
             files = [options.out / f"{name}-{part}.{suffix}" for suffix in ("json", "log")]
-            arguments = [f"bench/bench_{part}.py", "--benchmark-only", f"--benchmark-json={files[0]}"]
+            arguments = [f"bench/bench_{part}.py", "-W", "default", "--benchmark-only", f"--benchmark-json={files[0]}"]
             note(part, finish(start(arguments, files[1], left(most) - LAST_BENCHMARK), left(most)))
     return int(any(not ended[file].startswith("exit status 0") for file in TESTS))
 

@@ -117,7 +117,7 @@ def explain(fn: Callable[..., Any], *inputs: Any, **kwargs: Any) -> tuple[Decisi
 
 @contextmanager
 def strict() -> Iterator[None]:
-    """Within it, an operation that PyTorch would serve raises FallbackError before it runs."""
+    """Within it, an operation that PyTorch serves raises FallbackError instead of returning a result."""
     _watch.strict += 1
     _watch.active = True
     try:

@@ -96,7 +96,7 @@ def cross_entropy_kernel(
     if REDUCTION == "none":
         store(loss_ptr + offs_m, loss, mask_m)
     elif ONE_PROGRAM:
-        tl.store(loss_ptr, (tl.sum(loss) * scale).to(loss_ptr.dtype.element_ty))
+        store(loss_ptr, tl.sum(loss) * scale, True)
     else:
         tl.store(loss_ptr + tl.program_id(0), tl.sum(loss))
     if NEEDS_GRAD:

@@ -42,8 +42,8 @@ def linear_forward_kernel(
         x = load(x_ptrs, mask_m[:, None] & mask_k[None, :])
         w = load(w_ptrs, mask_k[:, None] & mask_n[None, :])
         acc = tl.dot(x, w, acc, input_precision=PRECISION, out_dtype=acc_dtype)
-        x_ptrs += BLOCK_K * stride_xk
-        w_ptrs += BLOCK_K * stride_wk
+        x_ptrs += BLOCK_K * tl.cast(stride_xk, tl.int64)
+        w_ptrs += BLOCK_K * tl.cast(stride_wk, tl.int64)
 
     if HAS_BIAS:
         acc += load(b_ptr + offs_n * stride_b, mask_n).to(acc_dtype)[None, :]
@@ -84,9 +84,9 @@ def linear_input_grad_kernel(
         g = load_masked_gradient(dy_ptrs, y_ptrs, mask_m[:, None] & mask_n[None, :], RELU)
         w = load(w_ptrs, mask_n[:, None] & mask_k[None, :])
         acc = tl.dot(g, w, acc, input_precision=PRECISION, out_dtype=acc_dtype)
-        dy_ptrs += BLOCK_N * stride_dyn
+        dy_ptrs += BLOCK_N * tl.cast(stride_dyn, tl.int64)
         y_ptrs += BLOCK_N
-        w_ptrs += BLOCK_N * stride_wn
+        w_ptrs += BLOCK_N * tl.cast(stride_wn, tl.int64)
 
     store(dx_ptr + offs_m[:, None] * K + offs_k[None, :], acc, mask_m[:, None] & mask_k[None, :])
 
@@ -126,9 +126,9 @@ def linear_weight_grad_kernel(
             dw = tl.dot(tl.trans(g), x, dw, input_precision=PRECISION, out_dtype=acc_dtype)
         if NEEDS_DB:
             db += tl.sum(g.to(acc_dtype), axis=0)
-        dy_ptrs += BLOCK_M * stride_dym
-        y_ptrs += BLOCK_M * N
-        x_ptrs += BLOCK_M * stride_xm
+        dy_ptrs += BLOCK_M * tl.cast(stride_dym, tl.int64)
+        y_ptrs += BLOCK_M * tl.cast(N, tl.int64)
+        x_ptrs += BLOCK_M * tl.cast(stride_xm, tl.int64)
 
     if NEEDS_DW:
         dw_ptrs = dw_ptr + split * stride_split + offs_n[:, None] * K + offs_k[None, :]

@@ -1,8 +1,8 @@
 """Device functions that the kernels share: which dtype sums run in, and bfloat16 in the interpreter.
 
-The Triton interpreter keeps a bfloat16 tile as raw 16-bit integers: arithmetic on it is meaningless and a
-conversion from float32 truncates. So a kernel reads through :func:`load` and writes through :func:`store`;
-compiled for a GPU both are the plain `tl` operation.
+The Triton interpreter keeps a bfloat16 tile as raw 16-bit integers: arithmetic on it is meaningless, a conversion
+from float32 truncates, and one to float32 loses subnormals. So a kernel reads through :func:`load` and writes through
+:func:`store`; compiled for a GPU both are the plain `tl` operation.
 """
 
 import triton
@@ -17,7 +17,8 @@ def load(pointers, mask, other=0.0):
     """`tl.load` that hands out bfloat16 as float32 in the interpreter."""
     tile = tl.load(pointers, mask=mask, other=other)
     if INTERPRETED and tile.dtype == tl.bfloat16:
-        return tile.to(tl.float32)
+        bits = tile.to(tl.uint16, bitcast=True).to(tl.uint32) << 16  # its own conversion loses subnormals
+        return bits.to(tl.float32, bitcast=True)
     return tile
 
 

@@ -52,7 +52,8 @@ MUTANTS = [
         ("mask of M", "mask_m, mask_n = offs_m < M,", "mask_m, mask_n = offs_m <= M,"),
         ("stride of w", "offs_k[:, None] * stride_wk", "offs_k[:, None] * 1"),
         ("stride of b", "offs_n * stride_b", "offs_n"),
-        ("step of x", "x_ptrs += BLOCK_K * stride_xk", "x_ptrs += BLOCK_K"),
+        ("step of x", "x_ptrs += BLOCK_K * tl.cast(stride_xk, tl.int64)", "x_ptrs += BLOCK_K"),
+        ("32-bit step", "BLOCK_K * tl.cast(stride_xk, tl.int64)", "BLOCK_K * stride_xk"),
         ("sign of b", "acc += load(b_ptr", "acc -= load(b_ptr"),
         ("relu of NaN", "tl.where(acc <= 0, 0.0, acc)", "tl.where(acc > 0, acc, 0.0)"),
         ("order of programs", "tl.program_id(0) % tiles_n", "tl.program_id(0) // tiles_n"),
@@ -72,7 +73,7 @@ MUTANTS = [
         ("stride of dy", "offs_n[None, :] * stride_dyn", "offs_n[None, :]"),
         ("row stride of dy", "offs_m[:, None] * stride_dym", "offs_m[:, None] * N"),
         ("step of y", "y_ptrs += BLOCK_N", "y_ptrs += 0"),
-        ("step of w", "w_ptrs += BLOCK_N * stride_wn", "w_ptrs += BLOCK_N"),
+        ("step of w", "w_ptrs += BLOCK_N * tl.cast(stride_wn, tl.int64)", "w_ptrs += BLOCK_N"),
         ("rows of dx", "offs_m[:, None] * K", "offs_m[:, None] * N"),
     ),
     *of(
@@ -81,7 +82,7 @@ MUTANTS = [
         ("mask of M", "mask_m = offs_m < M - m", "mask_m = offs_m < M"),
         ("rows of a split", "offs_m = split * split_rows +", "offs_m ="),
         ("stride of x", "offs_k[None, :] * stride_xk", "offs_k[None, :]"),
-        ("step of y", "y_ptrs += BLOCK_M * N", "y_ptrs += BLOCK_M"),
+        ("step of y", "y_ptrs += BLOCK_M * tl.cast(N, tl.int64)", "y_ptrs += BLOCK_M"),
         ("sum of db", "db += tl.sum(g.to(acc_dtype), axis=0)", "db = tl.sum(g.to(acc_dtype), axis=0)"),
         ("place of a split of dw", "dw_ptr + split * stride_split", "dw_ptr"),
         ("place of a split of db", "db_ptr + split * stride_split", "db_ptr"),
@@ -131,7 +132,7 @@ MUTANTS = [
         ("smoothing of the label", "(1.0 - SMOOTHING) * tl.sum", "tl.sum"),
         ("rows past the end", "valid = mask_m & (target", "valid = (target"),
         ("count of the batch", "tl.sum(valid.to(tl.int32)) if", "M if"),
-        ("scale of one program", "(tl.sum(loss) * scale)", "tl.sum(loss)"),
+        ("scale of one program", "tl.sum(loss) * scale", "tl.sum(loss)"),
         ("32-bit offsets", "tl.program_id(0).to(tl.int64)", "tl.program_id(0)"),
     ),
     *of(
@@ -165,7 +166,7 @@ MUTANTS = [
     *of(
         NUMERICS,
         "load",
-        ("bfloat16 in the interpreter", "return tile.to(tl.float32)", "return tile"),
+        ("bfloat16 in the interpreter", "return bits.to(tl.float32, bitcast=True)", "return tile"),
     ),
     *of(
         NUMERICS,
@@ -181,7 +182,7 @@ MUTANTS = [
 TESTS = {
     LINEAR: ["tests/kernels/test_linear.py"],
     CROSS_ENTROPY: ["tests/kernels/test_cross_entropy.py"],
-    NUMERICS: ["tests/kernels"],
+    NUMERICS: ["tests/kernels/test_numerics.py", "tests/kernels"],
 }
 
 

@@ -242,6 +242,44 @@ class TestCrossEntropy:
         (grad,) = torch.autograd.grad(total, x, retain_graph=True)
         torch.testing.assert_close(grad, torch.autograd.grad(right, x)[0])
 
+    @pytest.mark.parametrize("reduction", ["mean", "sum"])
+    def test_first_and_second_derivative_in_one_backward(self, reduction: str, device: str) -> None:
+        """The last backward, which may scale the saved gradient in place, also reads it for the second derivative."""
+        x, target = self.batch(4, 3, device)
+        results = []
+        for operation in (functional.cross_entropy, F.cross_entropy):
+            loss = operation(x, target, reduction=reduction)
+            (g,) = torch.autograd.grad(loss, x, create_graph=True)
+            results.append(torch.autograd.grad(3 * loss + g.pow(2).sum(), x)[0])
+        torch.testing.assert_close(*results)
+
+    def test_a_graph_of_the_gradient_keeps_it(self, device: str) -> None:
+        x, target = self.batch(4, 3, device)
+        c, results = torch.randn_like(x), []
+        for operation in (functional.cross_entropy, F.cross_entropy):
+            a = torch.ones((), dtype=x.dtype, device=device, requires_grad=True)
+            loss = operation(x, target)
+            (g,) = torch.autograd.grad(a * loss, x, create_graph=True)
+            torch.autograd.grad(loss, x, torch.full_like(loss, 3.0))
+            results.append(torch.autograd.grad((g.detach() * 0 + g * c).sum(), a)[0])
+        torch.testing.assert_close(*results)
+
+    def test_uint8_labels_and_a_graph(self, device: str) -> None:
+        x = torch.randn(3, 200, dtype=torch.float64, device=device, requires_grad=True)
+        target = torch.tensor([156, 3, 199], dtype=torch.uint8, device=device)
+        both = [
+            torch.autograd.grad(operation(x, target), x, create_graph=True)[0]
+            for operation in (functional.cross_entropy, F.cross_entropy)
+        ]
+        torch.testing.assert_close(*both)
+
+    def test_a_lazily_negated_input(self, device: str) -> None:
+        x = torch.randn(4, 3, dtype=torch.complex128, device=device).conj().imag
+        assert x.is_neg()
+        w, target = torch.randn(5, 3, dtype=torch.float64, device=device), torch.tensor([0, 1, 2, 0], device=device)
+        torch.testing.assert_close(functional.linear_relu(x, w), torch.relu(F.linear(x, w)))
+        torch.testing.assert_close(functional.cross_entropy(x, target), F.cross_entropy(x, target))
+
     def test_a_hook_on_saved_tensors_sees_no_change(self, device: str) -> None:
         x, target = self.batch(9, 5, device)
         kept: list[Tensor] = []

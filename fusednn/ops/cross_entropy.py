@@ -19,6 +19,7 @@ def _forward(
     x: Tensor, target: Tensor, ignore_index: int, reduction: str, label_smoothing: float, needs_grad: bool
 ) -> tuple[Tensor, Tensor]:
     if target.is_cpu:
+        target = target.long()  # or -100 would be compared as the 156 that it is in uint8
         bad = target[((target < 0) | (target >= x.shape[1])) & (target != ignore_index)]
         if bad.numel():
             raise IndexError(f"Target {int(bad[0])} is out of bounds.")
@@ -79,16 +80,18 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None, v: Tensor | None) -> tuple[Tensor | None, ...]:
         grad, target = ctx.saved_tensors
-        dx = None
-        if dloss is not None and torch.is_grad_enabled():
-            dloss = dloss.unsqueeze(-1) if dloss.dim() else dloss
-            dx = torch.where((target == ctx.ignore_index).unsqueeze(-1), 0, grad * dloss)
-        elif dloss is not None:
-            dx = _scale(dloss, grad, target, ctx.ignore_index, ctx.private)
-        if v is not None:
+        second = None
+        if v is not None:  # before `grad` may be scaled
             second = _second_derivative(grad, target, v, ctx.ignore_index, ctx.reduction, ctx.label_smoothing)
-            dx = second if dx is None else dx + second
-        return dx, None, None, None, None
+        if dloss is None:
+            return second, None, None, None, None
+        if torch.is_grad_enabled():
+            ctx.private = False  # the graph that is being made keeps it
+            dloss = dloss.unsqueeze(-1) if dloss.dim() else dloss
+            dx = torch.where((target.long() == ctx.ignore_index).unsqueeze(-1), 0, grad * dloss)
+        else:
+            dx = _scale(dloss, grad, target, ctx.ignore_index, ctx.private)
+        return dx if second is None else dx + second, None, None, None, None
 
 
 _record: Callable[..., tuple[Tensor, Tensor]] = recorded(CrossEntropy)
@@ -110,6 +113,7 @@ def _second_derivative(
     dtype, classes = grad.dtype, grad.shape[-1]
     if dtype in (torch.float16, torch.bfloat16):
         grad, v = grad.float(), v.float()
+    target = target.long()
     valid = (target != ignore_index).unsqueeze(-1)
     count = valid.sum() if reduction == "mean" else 1
     is_target = torch.arange(classes, device=grad.device) == target.unsqueeze(-1)

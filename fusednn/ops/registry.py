@@ -14,7 +14,7 @@ import torch
 from torch.autograd import forward_ad
 
 _library = torch.library.Library("fusednn", "DEF")
-_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str}
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 
@@ -48,11 +48,16 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
 def eager(*arguments: Any) -> bool:
     """Whether a call on `arguments` is plain eager PyTorch: nothing traces, transforms or overrides it.
 
-    `torch.autograd.grad(..., is_grads_batched=True)` batches the incoming gradient, an operator's first argument.
+    Nor is a tensor batched, by `torch.autograd.grad(..., is_grads_batched=True)`, or lazily negated (`z.conj().imag`).
     """
-    if torch.compiler.is_compiling() or _dispatch_modes() or transforming() or _is_batched(arguments[0]):
+    if torch.compiler.is_compiling() or _dispatch_modes() or transforming():
         return False
-    return _PLAIN.issuperset(map(type, arguments))  # a subclass of Tensor may have ideas of its own
+    for argument in arguments:
+        if not isinstance(argument, torch.Tensor):
+            continue
+        if type(argument) not in _PLAIN or argument.is_neg() or _is_batched(argument):
+            return False  # a subclass of Tensor may have ideas of its own
+    return True
 
 
 def needs_graph(*tensors: torch.Tensor | None) -> bool:

@@ -193,6 +193,21 @@ def test_offsets_past_32_bits() -> None:
         assert torch.equal(result, right)
 
 
+@pytest.mark.unpoisoned
+@pytest.mark.usefixtures("small_tiles")
+def test_a_step_past_32_bits() -> None:
+    """A trip through a loop can pass 2^31 elements: columns 2^27 apart, 16 a trip."""
+    x, w = torch.randn(3, 18).half(), torch.randn(2, 18).half()
+    far = torch.empty(18 * 2**27 + 64, dtype=torch.float16).as_strided((3, 18), (1, 2**27)).copy_(x)
+    assert torch.equal(kernels.linear_forward(far, w, None, False), kernels.linear_forward(x, w, None, False))
+    rows = torch.empty(18 * 2**27 + 64, dtype=torch.float16).as_strided((18, 3), (2**27, 1)).copy_(x.T)
+    dy = torch.randn(18, 2).half()
+    assert torch.equal(
+        kernels.linear_weight_grad(dy, None, rows, True, False)[0],
+        kernels.linear_weight_grad(dy, None, x.T.contiguous(), True, False)[0],
+    )
+
+
 def test_tables_are_complete() -> None:
     """Every dtype and size has a configuration, and its blocks are ones that tl.dot takes on every architecture."""
     for dtype, rows, columns in itertools.product(DTYPES, (1, 16, 17, 64, 65, 512, 10**6), (1, 16, 17, 512, 10**6)):

@@ -72,13 +72,13 @@ def _linear_takes(x: Tensor, w: Tensor, b: Tensor | None) -> bool:
     """Whether the arguments are ones that the kernels take; what is not is left to PyTorch."""
     if not (isinstance(w, Tensor) and w.dim() == 2 and x.dim() and x.shape[-1] == w.shape[1]):
         return False
-    if x.dtype is not w.dtype or x.device != w.device:
+    if x.dtype is not w.dtype or x.device != w.device or w.layout is not torch.strided:
         return False
     if b is None:
         return True
     if not (isinstance(b, Tensor) and b.dim() == 1 and b.shape[0] == w.shape[0]):
         return False
-    return b.dtype is x.dtype and b.device == x.device
+    return b.dtype is x.dtype and b.device == x.device and b.layout is torch.strided
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -78,6 +78,8 @@ def _fusible(fc: nn.Module, relu: nn.Module) -> bool:
     """Whether fc(x, relu=True) does all that relu(fc(x)) does: hooks of either module, or of all, would tell."""
     if type(relu) is not nn.ReLU or type(fc).forward is not Linear.forward:
         return False
+    if fc._forward_pre_hooks_with_kwargs:  # it would see, and could drop, the argument that fuses
+        return False
     if fc._forward_hooks or relu._forward_hooks or relu._forward_pre_hooks or _has_any_global_hook():
         return False
     if fc._backward_hooks or relu._backward_hooks or fc._backward_pre_hooks or relu._backward_pre_hooks:

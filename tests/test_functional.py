@@ -264,6 +264,12 @@ class TestCrossEntropy:
             results.append(torch.autograd.grad((g.detach() * 0 + g * c).sum(), a)[0])
         torch.testing.assert_close(*results)
 
+    def test_the_gradient_has_no_graph(self, device: str) -> None:
+        x, target = self.batch(4, 3, device)
+        (grad,) = torch.autograd.grad(2 * functional.cross_entropy(x, target), x)
+        assert not grad.requires_grad
+        assert grad.is_leaf
+
     def test_uint8_labels_and_a_graph(self, device: str) -> None:
         x = torch.randn(3, 200, dtype=torch.float64, device=device, requires_grad=True)
         target = torch.tensor([156, 3, 199], dtype=torch.uint8, device=device)

@@ -108,6 +108,15 @@ def test_a_pre_hook_of_fc1_fires_and_the_layer_stays_fused(device: str) -> None:
     torch.testing.assert_close(model(x), model.fc2(torch.relu(model.fc1.bias.expand(5, 8))))
 
 
+def test_a_pre_hook_of_fc1_with_kwargs_sees_none(device: str) -> None:
+    """It returns the arguments it wants, and would drop one that fuses."""
+    ours, plain = pair(device, 6, 8, 4)
+    for model in (ours, plain):
+        model.fc1.register_forward_pre_hook(lambda module, args, kwargs: ((args[0] * 2,), {}), with_kwargs=True)
+    x = torch.randn(5, 6, device=device)
+    torch.testing.assert_close(ours(x), plain(x))
+
+
 def test_a_global_hook_fires_for_every_module(device: str) -> None:
     model, fired = SimpleNN(6, 8, 4).to(device), []
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: fired.append(type(module).__name__))

@@ -71,3 +71,7 @@ def _run(argv: list[str] | None) -> int:
             raise CommandError(1, "out of memory; try a smaller --hidden or --batch-size") from error
         raise
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

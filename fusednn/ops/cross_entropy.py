@@ -101,6 +101,7 @@ def _scale(dloss: Tensor, grad: Tensor, target: Tensor, ignore_index: int, priva
     """dloss · grad, in the buffer of `grad` where this backward is the last to read it and nobody else can."""
     if not eager(dloss, grad):
         return _scale_gradient(dloss, grad, target, ignore_index)
+    grad = grad.detach()  # a saved output comes with its graph, which the result must not have
     last = private and not torch._C._autograd._get_current_graph_task_keep_graph()
     scaled: Tensor = kernels("cross_entropy").scale_gradient(dloss, grad, target, ignore_index, in_place=last)
     return scaled

@@ -157,10 +157,10 @@ CONFIGS = {
     # (block_m, block_n, block_k, num_warps, num_stages) for each size class above, for every architecture.
     # All unmeasured: chosen so that no target spills or runs out of shared memory and every dtype with tensor cores
     # uses them (`make resources`); timings on a card decide the rows later.
-    "fp16": ((64, 16, 64, 4, 3), (16, 32, 64, 4, 3), (32, 32, 32, 4, 3), (64, 64, 64, 4, 3), (128, 128, 32, 8, 3)),
+    "fp16": ((64, 16, 64, 4, 3), (16, 32, 64, 4, 3), (32, 32, 32, 4, 3), (64, 64, 32, 4, 2), (128, 128, 32, 8, 3)),
     "tf32": ((64, 16, 32, 4, 3), (16, 64, 32, 4, 3), (32, 32, 32, 4, 2), (64, 64, 32, 4, 3), (128, 64, 32, 8, 2)),
     "ieee": ((64, 16, 16, 4, 2), (16, 64, 16, 4, 2), (32, 32, 32, 4, 2), (64, 64, 16, 4, 2), (128, 64, 16, 8, 2)),
-    "fp64": ((16, 16, 16, 4, 2), (16, 32, 16, 4, 2), (32, 32, 16, 4, 2), (32, 32, 16, 4, 2), (64, 64, 16, 8, 2)),
+    "fp64": ((16, 16, 16, 4, 2), (16, 32, 16, 4, 3), (32, 32, 16, 4, 2), (32, 32, 16, 4, 2), (64, 64, 16, 8, 2)),
 }  # fmt: skip
 CONFIGS["bf16"] = CONFIGS["fp16"]
 

@@ -5,8 +5,10 @@ so kernel, arguments and options are the launchers' own, and only the JIT's spec
 (an integer of 1 becomes a constant, pointers and integers that 16 divides are marked).
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -24,15 +26,16 @@ class Build:
     """One compilation of a kernel.
 
     `signature` gives the Triton type of each runtime argument, `constexprs` the value of each compile-time one (integer
-    arguments of 1 among them), `divisible` the arguments that the JIT would mark as multiples of 16.
+    arguments of 1 among them), `divisible` the arguments that the JIT would mark as multiples of 16. A tuple of
+    arguments has a tuple of types, and its element j is called (name, j).
     """
 
     label: str
     kernel: Any
     dtype: str
-    signature: dict[str, str]
-    constexprs: dict[str, object]
-    divisible: tuple[str, ...]
+    signature: dict[str, Any]
+    constexprs: dict[Any, object]
+    divisible: tuple[Any, ...]
     options: dict[str, Any]
 
 
@@ -40,27 +43,39 @@ def specialise(label: str, kernel: Any, plan: Launch, arguments: tuple[Any, ...]
     """The build that the JIT would make for a launch of `kernel` with `arguments`."""
     options = {name: plan.options[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
     constexprs = {name: value for name, value in plan.options.items() if name not in options}
-    signature, divisible = {}, []
+    signature: dict[str, Any] = {}
+    divisible: list[Any] = []
+
+    def type_of(name: Any, value: Any) -> str:
+        if isinstance(value, torch.Tensor):
+            if value.storage_offset() * value.element_size() % 16 == 0:
+                divisible.append(name)
+            return f"*{TYPE_NAMES[value.dtype]}"
+        if value == 1:
+            constexprs[name] = 1
+            return "constexpr"
+        if value % 16 == 0:
+            divisible.append(name)
+        return integer(value)
+
     for parameter, value in zip(kernel.params, arguments, strict=False):
         name = parameter.name
-        if isinstance(value, torch.Tensor):
-            signature[name] = f"*{TYPE_NAMES[value.dtype]}"
-            aligned = value.storage_offset() * value.element_size() % 16 == 0
+        if isinstance(value, tuple):
+            signature[name] = tuple(type_of((name, j), element) for j, element in enumerate(value))
+        elif parameter.do_not_specialize:
+            signature[name] = integer(value)
         else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned = value % 16 == 0
-        if parameter.do_not_specialize:
-            continue
-        if isinstance(value, int) and value == 1:
-            del signature[name]
-            constexprs[name] = 1
-        elif aligned:
-            divisible.append(name)
-    blocks = "x".join(str(value) for name, value in constexprs.items() if name.startswith("BLOCK_"))
+            signature[name] = type_of(name, value)
+    blocks = "x".join(str(value) for name, value in plan.options.items() if name.startswith("BLOCK_"))
     name = f"{kernel.fn.__name__.removesuffix('_kernel')} {label} {blocks}"
     name = f"{name} w{options['num_warps']} s{options['num_stages']}"
     dtype = DTYPE_NAMES.get(arguments[0].dtype, "i64")
     return Build(name, kernel, dtype, signature, constexprs, tuple(divisible), options)
+
+
+def integer(value: int) -> str:
+    """The type of an integer argument."""
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
 def record(module: Any, label: str, call: Any) -> Iterator[Build]:
@@ -93,18 +108,39 @@ def linear_calls(key: str) -> Iterator[tuple[str, Any]]:
     yield f"{key} 64-128-10", lambda: linear.linear_weight_grad(dy, None, x, True, True)
 
 
+VARIANTS = [
+    # reduction, probabilities, class weights, smoothing, gradient: what changes the code between the loads and stores
+    ("mean", False, False, 0.0, True),
+    ("mean", False, True, 0.1, True),
+    ("mean", True, False, 0.0, True),
+    ("mean", True, True, 0.1, True),
+    ("none", False, False, 0.0, False),
+]
+
+
 def cross_entropy_calls(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
-    """Forward, in one program and in many, and backward for each row of the table of `dtype`, and for long rows."""
+    """Forward, in one program and in many, and backward for each row of the tables of `dtype`, and for long rows."""
     kind = "double" if dtype == torch.float64 else "float"
-    sizes = [(block_m, block_n) for block_m, block_n in cross_entropy.CONFIGS[kind]]
-    for block_m, classes in [*sizes, (1, 2 * sizes[-1][1]), (256, 10)]:
-        name = f"{DTYPE_NAMES[dtype]} {'64-128-10' if classes == 10 else classes}"
-        for rows in (block_m, 64 * block_m) if block_m > 1 else (64,):
-            x = torch.empty(rows, classes, dtype=dtype, device="meta")
-            target = torch.empty(rows, dtype=torch.int64, device="meta")
-            yield name, lambda x=x, t=target: cross_entropy.cross_entropy_forward(x, t, -100, "mean", 0.1, True)
+    sizes = [(block_m, (classes,)) for block_m, classes in cross_entropy.CONFIGS[kind]]
+    sizes += [(1, (2 * sizes[-1][1][0],)), (256, (10,)), (64, (16, 64)), (64, (1024, 64))]  # long; 64-128-10; apart
+    for block_m, shape in sizes:
+        name = f"{DTYPE_NAMES[dtype]} {'64-128-10' if shape == (10,) else 'x'.join(map(str, shape))}"
+        x = torch.empty(64 * block_m, *shape, dtype=dtype, device="meta")
+        labels = torch.empty(64 * block_m, *shape[1:], dtype=torch.int64, device="meta")
+        weight = torch.empty(shape[0], dtype=dtype, device="meta")
         dloss = torch.empty((), dtype=dtype, device="meta")
-        yield name, lambda x=x, t=target, d=dloss: cross_entropy.scale_gradient(d, x, t, -100, True)
+        for reduction, probabilities, weighted, smoothing, needs_grad in VARIANTS:
+            arguments = (weight if weighted else None, -100, reduction, smoothing, needs_grad)
+            target = x if probabilities else labels
+            kind = "probabilities" if probabilities else "labels"
+            kind = f"{name} {kind}{' weighted' if weighted else ''}"
+            call = partial(cross_entropy.cross_entropy_forward, x, target, *arguments, probabilities and weighted)
+            yield kind, call
+        one = (x[: max(1, block_m // max(1, math.prod(shape[1:])))], labels[:1], None, -100, "mean", 0.0, True)
+        yield name, partial(cross_entropy.cross_entropy_forward, *one)
+        yield name, partial(cross_entropy.scale_gradient, dloss, x, labels, None, -100, x)
+        rows = torch.empty(labels.shape, dtype=dtype, device="meta")
+        yield name, partial(cross_entropy.scale_gradient, rows, x, labels, None, -100, torch.empty_like(x))
 
 
 def all_builds() -> Iterator[Build]:

@@ -24,7 +24,7 @@ TESTS = [
     "tests/kernels/test_linear.py",
     "tests/kernels/test_cross_entropy.py",
     "tests/ops/test_ops.py",
-    "tests/test_functional.py",
+    "tests/functional",
     "tests/test_modules.py",
     "tests/test_dispatch.py",
 ]

@@ -84,7 +84,12 @@ def uses_tensor_cores(build: Any, target: str) -> bool:
 
 def is_aligned(build: Any) -> bool:
     """Whether 16 divides every pointer and extent of `build`: then some access should take 16 bytes."""
-    specialised = {name for name, kind in build.signature.items() if kind.startswith("*") or EXTENT.fullmatch(name)}
+    specialised: set[Any] = set()
+    for name, kind in build.signature.items():
+        if isinstance(kind, tuple):
+            specialised |= {(name, j) for j, element in enumerate(kind) if element != "constexpr"}
+        elif kind.startswith("*") or (EXTENT.fullmatch(name) and kind != "constexpr"):
+            specialised.add(name)
     return specialised <= set(build.divisible)
 
 
@@ -103,12 +108,16 @@ BUDGETS: dict[str, Callable[[Any, str, Resources], bool]] = {
 def compile_build(build: Any, target: str) -> Any:
     """Compile as the JIT would for arguments that `build` describes."""
     names = build.kernel.arg_names
+
+    def path(name: Any) -> tuple[int, ...]:
+        return (names.index(name),) if isinstance(name, str) else (names.index(name[0]), name[1])
+
     return triton.compile(
         ASTSource(
             build.kernel,
             signature={name: build.signature.get(name, "constexpr") for name in names},
-            constexprs=build.constexprs,
-            attrs={(names.index(name),): [["tt.divisibility", 16]] for name in build.divisible},
+            constexprs={path(name): value for name, value in build.constexprs.items()},
+            attrs={path(name): [["tt.divisibility", 16]] for name in build.divisible},
         ),
         target=TARGETS[target],
         options=build.options,

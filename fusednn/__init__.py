@@ -6,8 +6,8 @@ Importing this asks no driver anything and needs neither a GPU nor Triton; the k
 """
 
 from . import functional
-from .dispatch import Decision, FallbackError, explain, strict
-from .modules import CrossEntropyLoss, Linear, LinearReLU, SimpleNN
+from .dispatch import Decision, FallbackError, check_labels, explain, strict
+from .modules import CrossEntropyLoss, Linear, LinearCrossEntropyLoss, LinearReLU, SimpleNN
 
 __version__ = "0.1.0"
 
@@ -16,8 +16,10 @@ __all__ = [
     "Decision",
     "FallbackError",
     "Linear",
+    "LinearCrossEntropyLoss",
     "LinearReLU",
     "SimpleNN",
+    "check_labels",
     "explain",
     "functional",
     "strict",

@@ -1,5 +1,6 @@
 """Who serves a call, decided in one place: the compiled Triton kernels, the same kernels in the Triton interpreter,
-or PyTorch's own operators. :func:`explain` tells, :func:`strict` forbids the last.
+or PyTorch's own operators. :func:`explain` tells, :func:`strict` forbids the last. And what a thread may ask of a call
+besides: :func:`check_labels`.
 """
 
 import importlib.util
@@ -18,7 +19,8 @@ try:
 except (ImportError, ValueError):  # an import hook, or a stand-in without a spec, hides it
     HAS_TRITON = False
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What the kernels take."""
 
 
 class Decision(NamedTuple):
@@ -37,11 +39,12 @@ class FallbackError(RuntimeError):
 
 
 class _Watch(threading.local):
-    """What this thread asked to be told: the list that explain fills, and the depth of strict."""
+    """What this thread asked for: the list that explain fills, the depth of strict and that of check_labels."""
 
     decisions: list[Decision] | None = None
     strict: int = 0
     active: bool = False
+    labels: int = 0
 
 
 _watch = _Watch()
@@ -55,7 +58,7 @@ def serves(operation: str, x: torch.Tensor) -> bool:
     if _watch.active:
         _tell(operation, x)
     on_device = INTERPRETED if x.is_cpu else x.is_cuda or x.is_xpu
-    return on_device and HAS_TRITON and x.dtype in _DTYPES and x.layout is torch.strided
+    return on_device and HAS_TRITON and x.dtype in DTYPES and x.layout is torch.strided
 
 
 def _reason_against(x: torch.Tensor) -> str | None:
@@ -66,7 +69,7 @@ def _reason_against(x: torch.Tensor) -> str | None:
         return "CPU tensor, and TRITON_INTERPRET=1 is not set"
     if not (x.is_cpu or x.is_cuda or x.is_xpu):  # ROCm's devices are called cuda
         return f"no Triton backend for device type {x.device.type}"
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         return f"no kernel for {x.dtype}"
     if x.layout != torch.strided:
         return f"no kernel for the layout {x.layout}"
@@ -125,3 +128,22 @@ def strict() -> Iterator[None]:
     finally:
         _watch.strict -= 1
         _watch.active = _watch.decisions is not None or _watch.strict > 0
+
+
+@contextmanager
+def check_labels() -> Iterator[None]:
+    """Within it, a label out of range raises PyTorch's IndexError also on a GPU, at the call; a mode for debugging.
+
+    It waits for the GPU in every call. Without it such a label makes its row's loss and gradient NaN there. The labels
+    of a CPU tensor are checked in any case.
+    """
+    _watch.labels += 1
+    try:
+        yield
+    finally:
+        _watch.labels -= 1
+
+
+def checks_labels() -> bool:
+    """Whether this thread is inside :func:`check_labels`."""
+    return _watch.labels > 0

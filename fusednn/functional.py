@@ -6,8 +6,10 @@ that no kernel takes, which PyTorch then serves (and `explain` says so) or refus
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction as legacy
 
@@ -81,7 +83,7 @@ def _linear_takes(x: Tensor, w: Tensor, b: Tensor | None) -> bool:
     return b.dtype is x.dtype and b.device == x.device and b.layout is torch.strided
 
 
-def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _autocast(tensor: Any, dtype: torch.dtype) -> Any:
     """`tensor` as autocast hands it to an operator of `dtype`: cast if floating, but float64 stays."""
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
@@ -98,65 +100,191 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """The cross entropy of logits and class indices, as :func:`torch.nn.functional.cross_entropy`.
+    """The cross entropy of logits and class indices or class probabilities: :func:`torch.nn.functional.cross_entropy`.
 
-    input [N, C] or [C], float64, float32, float16 or bfloat16; target [N] or [], int64, int32, int16, int8 or uint8 ->
-    a 0-d loss, or one of the target's shape for the reduction "none", in the input's dtype (float32 under autocast).
-    The mean over no rows is NaN, with zero gradients, as in PyTorch. The gradient is computed by the forward, if one is
-    needed, and saved instead of the logits.
+    input [N, C], [N, C, d1, ...] or [C], float64, float32, float16 or bfloat16; target either labels, of input's shape
+    without C, int64, int32, int16, int8 or uint8, or probabilities, of input's shape and a floating dtype; weight [C]
+    -> a 0-d loss, or one of the labels' shape for the reduction "none", in the input's dtype (float32 under autocast).
+    The mean over no rows is NaN, with zero gradients, as in PyTorch. An ignored row has a zero gradient even where its
+    logits are NaN. Inputs [N, C, d1, ...] are not transposed, and copied only where d1, ... cannot be seen as one
+    dimension. The gradient is computed by the forward, if one is needed, and saved in the place of the logits.
 
     Raises what PyTorch raises for wrong arguments; a label out of range raises IndexError on a CPU and makes its row's
-    loss and gradient NaN on a GPU. Class weights, class probabilities and inputs [N, C, d1, ...] are not implemented
-    yet and raise NotImplementedError.
+    loss and gradient NaN on a GPU (see :func:`fusednn.check_labels`).
     """
     if size_average is not None or reduce is not None:
         reduction = legacy.legacy_get_string(size_average, reduce)
-    _refuse_unfinished(input, target, weight)
     serves = isinstance(input, Tensor) and dispatch.serves("cross_entropy", input)
-    if not (serves and _cross_entropy_takes(input, target, ignore_index, reduction, label_smoothing)):
+    if serves and torch.is_autocast_enabled(input.device.type):
+        input, target, weight = (_autocast(tensor, torch.float32) for tensor in (input, target, weight))
+    if not serves or (
+        reason := _cross_entropy_refuses(input, target, weight, ignore_index, reduction, label_smoothing)
+    ):
         loss = reference.cross_entropy(
-            input, target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+            input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
         )
         if serves:
-            dispatch.overrule(
-                "cross_entropy", f"no kernel for ignore_index {ignore_index!r}, label_smoothing {label_smoothing!r}"
-            )
+            dispatch.overrule("cross_entropy", f"no kernel for {reason}")
         return loss
-    if torch.is_autocast_enabled(input.device.type):
-        input = _autocast(input, torch.float32)
     smoothing = float(label_smoothing) if label_smoothing > 0 else 0.0
-    if input.dim() == 2:
-        return ops.cross_entropy(input, target, ignore_index, reduction, smoothing)
-    loss = ops.cross_entropy(input.unsqueeze(0), target.unsqueeze(0), ignore_index, reduction, smoothing)
-    return loss.squeeze(0) if reduction == "none" else loss
+    shape, x = target.shape, _matrix(input, input)
+    if not target.is_floating_point():
+        labels = target.reshape(-1) if x.dim() == 2 else target.flatten(1)
+        loss = ops.cross_entropy(x, labels, _contiguous(weight), ignore_index, reduction, smoothing)
+        return loss.reshape(shape) if reduction == "none" else loss
+    dtype = torch.promote_types(input.dtype, target.dtype)
+    dtype = dtype if weight is None else torch.promote_types(dtype, weight.dtype)
+    x, q, weight = x.to(dtype), _matrix(target, input).to(dtype), None if weight is None else weight.to(dtype)
+    loss = ops.soft_cross_entropy(x, q, _contiguous(weight), reduction, smoothing)
+    return loss.reshape(_without_classes(shape)) if reduction == "none" else loss
 
 
-def _refuse_unfinished(input: Tensor, target: Tensor, weight: Tensor | None) -> None:
-    if weight is not None:
-        raise NotImplementedError("cross_entropy: weight (class weights) is not implemented yet")
-    if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
-        return
-    if input.shape == target.shape and target.is_floating_point():
-        raise NotImplementedError("cross_entropy: class probabilities as target are not implemented yet")
-    if input.dim() > 2 and target.dim() == input.dim() - 1:
-        raise NotImplementedError(
-            f"cross_entropy: K-dimensional input is not implemented yet, got input of shape {list(input.shape)}"
+def _without_classes(shape: torch.Size) -> torch.Size:
+    """[N, d1, ...] of [N, C, d1, ...], [] of [C]."""
+    return shape[:1] + shape[2:] if len(shape) > 1 else shape[:0]
+
+
+def _contiguous(weight: Tensor | None) -> Tensor | None:
+    return weight if weight is None else weight.contiguous()
+
+
+def _matrix(tensor: Tensor, like: Tensor) -> Tensor:
+    """[N, C, d1, ...] as [M, C] where the classes of `like`, of this shape, lie side by side, else as [N, C, D]."""
+    if tensor.dim() == 2:
+        return tensor
+    if tensor.dim() == 1:
+        return tensor.unsqueeze(0)
+    if like.stride(1) == 1:
+        return tensor.movedim(1, -1).reshape(-1, tensor.shape[1])
+    return tensor.flatten(2)
+
+
+def _cross_entropy_refuses(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> str | None:
+    """What of the arguments no kernel takes, or None; PyTorch then serves, or refuses in its own words."""
+    if not isinstance(target, Tensor) or target.device != input.device or target.layout is not torch.strided:
+        return "this target"
+    if input.dim() == 0 or input.shape[min(1, input.dim() - 1)] == 0:
+        return f"an input of shape {list(input.shape)}"
+    if target.is_floating_point():
+        probabilities = target.shape == input.shape and target.dtype in dispatch.DTYPES and ignore_index < 0
+        if not probabilities:
+            return f"a target of shape {list(target.shape)} and {target.dtype}"
+    elif not (target.dtype in _LABELS and target.shape == _without_classes(input.shape)):
+        return f"a target of shape {list(target.shape)} and {target.dtype}"
+    if weight is not None and not _weight_takes(weight, input, target):
+        return "this weight"
+    if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
+        return f"ignore_index {ignore_index!r}"
+    if type(label_smoothing) not in (float, int) or label_smoothing > 1.0:
+        return f"label_smoothing {label_smoothing!r}"
+    return None if reduction in ("none", "mean", "sum") else f"the reduction {reduction!r}"
+
+
+def _weight_takes(weight: Tensor, input: Tensor, target: Tensor) -> bool:
+    """Whether the class weights are ones that the kernels take: constants of the logits' dtype, one for each class."""
+    if not isinstance(weight, Tensor) or weight.device != input.device or weight.layout is not torch.strided:
+        return False
+    if weight.requires_grad and torch.is_grad_enabled():
+        return False
+    if weight.dim() != 1 or weight.shape[0] != input.shape[min(1, input.dim() - 1)]:
+        return False
+    return weight.dtype in dispatch.DTYPES if target.is_floating_point() else weight.dtype is input.dtype
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    chunk_rows: int | None = None,
+) -> Tensor:
+    """``cross_entropy(linear(input, linear_weight, linear_bias), target, ...)`` without the logits whole in memory.
+
+    The arguments are those of `torch.nn.functional.linear_cross_entropy` (torch 2.13), and `chunk_rows`: as many rows
+    of logits exist at once. By default that is a tenth of them, and not more than 256 MiB; `options.batch_chunk_size`
+    is heeded too, and of `options` nothing else.
+
+    input [N, K] or [K], linear_weight [V, K], linear_bias [V] or None, of one dtype; target labels [N] or []; weight
+    [V] -> a loss as :func:`cross_entropy` gives it. PyTorch multiplies the matrices; our kernel makes a chunk's logits
+    their gradient in place. The gradients of the weight and the bias are summed in float32. Saves the inputs and, for
+    the mean and the sum, the gradients, computed by the forward; for "none" backward computes the logits again.
+    Derivatives of gradients are computed with the logits whole, and so are class probabilities and a linear_weight of
+    more dimensions.
+
+    Raises what PyTorch raises for wrong arguments, and ValueError for chunk_rows below 1.
+    """
+    if chunk_rows is None:
+        chunk_rows = getattr(options, "batch_chunk_size", None)
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+    if _logits_are_whole(input, linear_weight, target, linear_bias, ignore_index):
+        logits = F.linear(input, linear_weight.flatten(0, -2), None if linear_bias is None else linear_bias.flatten())
+        logits = logits.reshape(*input.shape[:-1], *linear_weight.shape[:-1])
+        ignored = -100 if ignore_index is None else ignore_index
+        return cross_entropy(
+            logits, target, weight, ignore_index=ignored, reduction=reduction, label_smoothing=label_smoothing
         )
-
-
-def _cross_entropy_takes(
-    input: Tensor, target: Tensor, ignore_index: int, reduction: str, label_smoothing: float
-) -> bool:
-    """Whether the arguments are right; what is not is left to PyTorch to refuse."""
-    return (
-        isinstance(target, Tensor)
-        and target.dtype in _LABELS
-        and target.device == input.device
-        and input.dim() in (1, 2)
-        and target.shape == input.shape[:-1]
-        and type(ignore_index) is int
-        and -(2**63) <= ignore_index < 2**63
-        and reduction in ("none", "mean", "sum")
-        and type(label_smoothing) in (float, int)
-        and not label_smoothing > 1.0
+    serves = isinstance(input, Tensor) and dispatch.serves("linear_cross_entropy", input)
+    x, w, b, ignored, loss_dtype = (
+        input,
+        linear_weight,
+        linear_bias,
+        -100 if ignore_index is None else ignore_index,
+        None,
     )
+    if serves and torch.is_autocast_enabled(input.device.type):
+        x, w, b = (_autocast(tensor, torch.get_autocast_dtype(input.device.type)) for tensor in (x, w, b))
+        loss_dtype, weight = torch.float32, _autocast(weight, x.dtype)
+    if not serves or (
+        reason := _linear_cross_entropy_refuses(x, w, target, b, weight, ignored, reduction, label_smoothing)
+    ):
+        loss = reference.linear_cross_entropy(
+            input, linear_weight, target, linear_bias=linear_bias, weight=weight, reduction=reduction,
+            ignore_index=ignore_index, label_smoothing=label_smoothing, options=options,
+        )  # fmt: skip
+        if serves:
+            dispatch.overrule("linear_cross_entropy", f"no kernel for {reason}")
+        return loss
+    rows, labels = (x, target) if x.dim() == 2 else (x.unsqueeze(0), target.unsqueeze(0))
+    if chunk_rows is None:
+        chunk_rows = ops.chunk_size(rows.shape[0], w.shape[0], w.itemsize)
+    smoothing = float(label_smoothing) if label_smoothing > 0 else 0.0
+    loss = ops.linear_cross_entropy(
+        rows, w, b, labels, _contiguous(weight), ignored, reduction, smoothing, chunk_rows
+    ).to(loss_dtype or x.dtype)
+    return loss.reshape(target.shape) if reduction == "none" else loss
+
+
+def _logits_are_whole(x: Tensor, w: Tensor, target: Tensor, b: Tensor | None, ignore_index: int | None) -> bool:
+    """Whether the target is as large as the logits, or W has more dimensions than two, and all shapes are right."""
+    if not (isinstance(x, Tensor) and isinstance(w, Tensor) and isinstance(target, Tensor)):
+        return False
+    if x.dim() not in (1, 2) or w.dim() < 2 or x.shape[-1] != w.shape[-1] or (w.dim() > 2 and x.dim() == 1):
+        return False
+    if b is not None and not (isinstance(b, Tensor) and b.shape == w.shape[:-1]):
+        return False
+    probabilities = target.shape == x.shape[:-1] + w.shape[:-1]
+    return ignore_index is None if probabilities else w.dim() > 2
+
+
+def _linear_cross_entropy_refuses(
+    x: Tensor, w: Tensor, target: Tensor, b: Tensor | None, weight: Tensor | None, ignore_index: int, reduction: str,
+    label_smoothing: float,
+) -> str | None:  # fmt: skip
+    if x.dim() not in (1, 2) or not _linear_takes(x, w, b):
+        return "these shapes, dtypes and devices"
+    logits = x.new_empty(()).expand(*x.shape[:-1], w.shape[0])
+    return _cross_entropy_refuses(logits, target, weight, ignore_index, reduction, label_smoothing)

@@ -1,5 +1,8 @@
 """The modules: drop-in for nn.Linear, nn.Linear with a ReLU, nn.CrossEntropyLoss, and the textbook SimpleNN."""
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -28,7 +31,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     """nn.CrossEntropyLoss, same arguments, served by :func:`fusednn.functional.cross_entropy`."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of logits `input` [N, C] or [C] and class indices `target` [N] or []."""
+        """The loss of logits `input` [N, C], [N, C, d1, ...] or [C] and labels or class probabilities `target`."""
         return functional.cross_entropy(
             input,
             target,
@@ -36,6 +39,60 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+        )
+
+
+_LinearCrossEntropyLoss: Any = getattr(nn, "LinearCrossEntropyLoss", nn.modules.loss._WeightedLoss)
+
+
+class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):  # type: ignore[misc]
+    """nn.Linear, by default without a bias, and the cross entropy of its output: as in torch 2.13, also for older.
+
+    Same arguments, parameters (`linear.weight`, [C · prod(out_features), in_features]) and initial values, and
+    `chunk_rows`; served by :func:`fusednn.functional.linear_cross_entropy`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: Any = None,
+        chunk_rows: int | None = None,
+    ) -> None:
+        """Raises RuntimeError for class weights of another shape than [C] and a smoothing outside [0, 1]."""
+        if weight is not None and weight.shape != (num_classes,):
+            raise RuntimeError(f"expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}")
+        if label_smoothing < 0 or label_smoothing > 1.0:
+            raise RuntimeError(f"expected label_smoothing to be in range [0, 1], got {label_smoothing}")
+        nn.modules.loss._WeightedLoss.__init__(self, weight=weight, reduction=reduction)
+        self.num_classes, self.out_features = num_classes, out_features
+        self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
+        self.linear = nn.Linear(in_features, math.prod(out_features, start=num_classes), bias, device, dtype)
+        self.options, self.chunk_rows = options, chunk_rows
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of `input` [N, in_features] or [in_features] and labels or class probabilities `target`."""
+        shape = (self.num_classes, *self.out_features)
+        return functional.linear_cross_entropy(
+            input,
+            self.linear.weight.reshape(*shape, -1),
+            target,
+            linear_bias=None if self.linear.bias is None else self.linear.bias.reshape(shape),
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            options=self.options,
+            chunk_rows=self.chunk_rows,
         )
 
 

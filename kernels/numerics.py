@@ -1,4 +1,4 @@
-"""Device functions that the kernels share: which dtype sums run in, and bfloat16 in the interpreter.
+"""Device functions that the kernels share: which dtype sums run in, float64 arguments, bfloat16 in the interpreter.
 
 The Triton interpreter keeps a bfloat16 tile as raw 16-bit integers: arithmetic on it is meaningless, a conversion
 from float32 truncates, and one to float32 loses subnormals. So a kernel reads through :func:`load` and writes through
@@ -34,6 +34,12 @@ def store(pointers, tile, mask):
         tl.store(pointers, rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
     else:
         tl.store(pointers, tile.to(dtype), mask=mask)
+
+
+@triton.jit
+def from_bits(bits):
+    """The float64 with these bits: a Python float would arrive as float32, and as a constexpr compile anew."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
 @triton.constexpr_function

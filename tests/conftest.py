@@ -37,6 +37,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = [report for report in terminalreporter.stats.get("skipped", []) if "gpu" in report.keywords]
     if skipped:
         terminalreporter.write_line(f"{len(skipped)} tests need a GPU and did not run")
+    samples: dict[tuple[str, str], int] = {}
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            if name == "samples":
+                what, path, count = value
+                samples[what, path] = samples.get((what, path), 0) + count
+    for (what, path), count in samples.items():
+        terminalreporter.write_line(f"PyTorch's samples of {what}: {count} passed, {path}")
 
 
 @pytest.fixture(params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -75,9 +83,12 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(linear, "SUM_CONFIG", LaunchConfig(1, 64))
     for key in cross_entropy.CONFIGS:
         monkeypatch.setitem(cross_entropy.CONFIGS, key, {(4, 4): 4, (2, 8): 4})
+    for key in cross_entropy.LONG_CONFIGS:
         monkeypatch.setitem(cross_entropy.LONG_CONFIGS, key, LaunchConfig(1, 8))
+        monkeypatch.setitem(cross_entropy.APART_CONFIGS, key, LaunchConfig(4, 4))
     monkeypatch.setattr(cross_entropy, "COUNT_CONFIG", LaunchConfig(4, 1))
     monkeypatch.setattr(cross_entropy, "SUM_CONFIG", LaunchConfig(4, 1))
+    monkeypatch.setattr(cross_entropy, "SCALE_CONFIG", LaunchConfig(16, 1))
     monkeypatch.setattr(cross_entropy, "MOST_COUNTS", 4)
     _clear_plans(linear, cross_entropy)
     yield

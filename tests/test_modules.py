@@ -1,14 +1,26 @@
 """The modules against torch.nn's: parameters, state dicts, training, and what a user hooks or replaces."""
 
 import copy
+import importlib
+import inspect
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fusednn import CrossEntropyLoss, Linear, LinearReLU, SimpleNN, explain, functional, reference
+from fusednn import (
+    CrossEntropyLoss,
+    Linear,
+    LinearCrossEntropyLoss,
+    LinearReLU,
+    SimpleNN,
+    explain,
+    functional,
+    reference,
+)
 
 
 def pair(device: str, *sizes: int) -> tuple[SimpleNN, reference.SimpleNN]:
@@ -193,15 +205,64 @@ class TestCrossEntropyLoss:
         torch.testing.assert_close(ours(x, target), theirs(x, target))
         assert "Triton" in explain(ours, x, target)[0].implementation
 
-    def test_weight_is_named_as_missing(self, device: str) -> None:
-        criterion = CrossEntropyLoss(weight=torch.ones(4)).to(device)
-        with pytest.raises(NotImplementedError, match="weight"):
-            criterion(torch.randn(5, 4, device=device), torch.zeros(5, dtype=torch.int64, device=device))
+    def test_weight_is_a_buffer(self, device: str) -> None:
+        """So it moves with the module and is in the state dict, as PyTorch's."""
+        ours, theirs = CrossEntropyLoss(weight=torch.rand(4)), nn.CrossEntropyLoss(weight=torch.rand(4))
+        theirs.load_state_dict(ours.state_dict())
+        x, target = torch.randn(5, 4, 3, device=device).double(), torch.zeros(5, 3, dtype=torch.int64, device=device)
+        ours, theirs = ours.to(device).double(), theirs.to(device).double()
+        assert [name for name, _ in ours.named_buffers()] == ["weight"]
+        torch.testing.assert_close(ours(x, target), theirs(x, target))
+        torch.testing.assert_close(ours(x, x.softmax(1)), theirs(x, x.softmax(1)))
+
+
+class TestLinearCrossEntropyLoss:
+    @pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyLoss"), reason="new in torch 2.13")
+    def test_is_nn_linear_cross_entropy_loss(self, device: str) -> None:
+        arguments = {"bias": True, "reduction": "sum", "ignore_index": 1, "label_smoothing": 0.1, "device": device}
+        ours, theirs = LinearCrossEntropyLoss(6, 4, **arguments), nn.LinearCrossEntropyLoss(6, 4, **arguments)
+        assert isinstance(ours, nn.LinearCrossEntropyLoss)
+        assert repr(ours) == repr(theirs)
+        ours.load_state_dict(theirs.state_dict())
+        x, target = torch.randn(25, 6, device=device), torch.arange(25, device=device) % 4
+        assert "Triton" in explain(ours, x, target)[0].implementation
+        losses = [module(x, target) for module in (ours, theirs)]
+        torch.testing.assert_close(*losses)
+        for loss in losses:
+            loss.backward()
+        for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, other.grad)
+
+    def test_without_the_base_of_torch_2_13(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As with an older PyTorch: the same module on the base of all weighted losses."""
+        monkeypatch.delattr(nn, "LinearCrossEntropyLoss", raising=False)
+        monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
+        older = importlib.util.module_from_spec(importlib.util.find_spec("fusednn.modules"))
+        older.__spec__.loader.exec_module(older)
+        criterion = older.LinearCrossEntropyLoss(6, 4, out_features=(3,), weight=torch.rand(4))
+        x, target = torch.randn(5, 6), torch.randint(0, 4, (5, 3))
+        right = torch.nn.functional.cross_entropy(criterion.linear(x).reshape(5, 4, 3), target, criterion.weight)
+        torch.testing.assert_close(criterion(x, target), right)
+        assert list(criterion.state_dict()) == ["weight", "linear.weight"]
+
+    def test_wrong_arguments(self) -> None:
+        with pytest.raises(RuntimeError, match=r"expected weight shape to be \(4,\), got \(3,\)"):
+            LinearCrossEntropyLoss(6, 4, weight=torch.ones(3))
+        with pytest.raises(RuntimeError, match=r"label_smoothing to be in range \[0, 1\], got 1.5"):
+            LinearCrossEntropyLoss(6, 4, label_smoothing=1.5)
+        with pytest.raises(ValueError, match="chunk_rows must be at least 1, got 0"):
+            LinearCrossEntropyLoss(6, 4, chunk_rows=0)(torch.randn(5, 6), torch.zeros(5, dtype=torch.int64))
 
 
 def test_signatures_follow_torch() -> None:
-    import inspect
+    """Also the order and the defaults; linear_cross_entropy and its module have chunk_rows besides."""
 
-    ours = inspect.signature(functional.cross_entropy).parameters
-    theirs = inspect.signature(torch.nn.functional.cross_entropy).parameters
-    assert [(p.name, p.default) for p in ours.values()] == [(p.name, p.default) for p in theirs.values()]
+    def parameters(of: Any) -> list[tuple[str, Any, Any]]:
+        return [(p.name, p.default, p.kind) for p in inspect.signature(of).parameters.values()]
+
+    assert parameters(functional.cross_entropy) == parameters(torch.nn.functional.cross_entropy)
+    if hasattr(nn, "LinearCrossEntropyLoss"):
+        extra = [("chunk_rows", None, inspect.Parameter.KEYWORD_ONLY)]
+        theirs = parameters(torch.nn.functional.linear_cross_entropy)
+        assert parameters(functional.linear_cross_entropy) == theirs + extra
+        assert parameters(LinearCrossEntropyLoss) == parameters(nn.LinearCrossEntropyLoss) + extra

@@ -1,9 +1,13 @@
-"""Cross entropy of logits [M, C] and class indices [M]: two operators and the autograd.Function around them.
+"""Cross entropy of logits [M, C] or [B, C, D], classes in dimension 1: the operators and the autograd.Functions.
 
-The forward computes the gradient in the same pass, and the Function returns it as a second, differentiable output that
-it saves. With s the scale of a row (1, 1 / count for the mean, 0 where ignored), p the softmax and q the label's
-distribution, grad = s (p - q); backward is dloss · grad, and what flows into grad itself, v, adds s p ∘ (v - <p, v>).
-p is recovered from grad, so the logits are not kept.
+A target gives class c of a row a mass a_c = w_c q_c (class weight times smoothed target). With A = Σ a_c, p the softmax
+and s the scale of a row (1, 1 / its weights' sum for the mean, 0 where ignored) the gradient is grad = s (A p - a). The
+forward computes it in the same pass, and the Function returns it as a second, differentiable output that it saves, in
+the place of the logits. Backward is dloss · grad, and what flows into grad itself, v, adds s A p ∘ (v - <p, v>).
+A p is recovered from grad.
+
+In float16 the mean leaves its 1 / Σ w out of grad, which would lose the entries that it makes too small, and backward
+puts it in: s is 1 then, and r, by which dloss is multiplied, the 1 / Σ w.
 """
 
 from collections.abc import Callable
@@ -12,112 +16,266 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import dispatch
 from .registry import define, eager, kernels, needs_graph, recorded
 
 
-def _forward(
-    x: Tensor, target: Tensor, ignore_index: int, reduction: str, label_smoothing: float, needs_grad: bool
-) -> tuple[Tensor, Tensor]:
-    if target.is_cpu:
-        target = target.long()  # or -100 would be compared as the 156 that it is in uint8
-        bad = target[((target < 0) | (target >= x.shape[1])) & (target != ignore_index)]
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums over elements of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _is_deferred(grad: Tensor, reduction: str) -> bool:
+    return reduction == "mean" and grad.dtype == torch.float16
+
+
+def check_range(labels: Tensor, classes: int, ignore_index: int) -> None:
+    """Raise PyTorch's IndexError for a label out of range: always on a CPU, else inside `check_labels()` (a sync)."""
+    if labels.is_cpu or dispatch.checks_labels():
+        labels = labels.long()  # or -100 would be compared as the 156 that it is in uint8
+        bad = labels[((labels < 0) | (labels >= classes)) & (labels != ignore_index)]
         if bad.numel():
             raise IndexError(f"Target {int(bad[0])} is out of bounds.")
-    results: tuple[Tensor, Tensor] = kernels("cross_entropy").cross_entropy_forward(
-        x, target, ignore_index, reduction, label_smoothing, needs_grad
+
+
+def _forward(
+    x: Tensor, labels: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    check_range(labels, x.shape[1], ignore_index)
+    loss, grad, _, total = kernels("cross_entropy").cross_entropy_forward(
+        x, labels, weight, ignore_index, reduction, label_smoothing, needs_grad
     )
-    return results
+    return loss, grad, total
 
 
-def _forward_fake(
-    x: Tensor, target: Tensor, ignore_index: int, reduction: str, label_smoothing: float, needs_grad: bool
-) -> tuple[Tensor, Tensor]:
-    m, c = x.shape
-    return x.new_empty((m,) if reduction == "none" else ()), x.new_empty((m, c) if needs_grad else (0,))
+def _fake(
+    x: Tensor, labels: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    loss = x.new_empty(labels.shape if reduction == "none" else ())
+    total = x.new_empty(() if reduction == "mean" else (0,), dtype=sum_dtype(x.dtype))
+    return loss, x.new_empty(x.shape if needs_grad else (0,)), total
 
 
-_cross_entropy: Callable[..., tuple[Tensor, Tensor]] = define(
-    "cross_entropy(Tensor x, Tensor target, int ignore_index, str reduction, float label_smoothing, bool needs_grad)"
-    " -> (Tensor, Tensor)",
+def _soft_forward(
+    x: Tensor, q: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float, needs_grad: bool,
+    needs_log_p: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    results: tuple[Tensor, ...] = kernels("cross_entropy").cross_entropy_forward(
+        x, q, weight, 0, reduction, label_smoothing, needs_grad, needs_log_p
+    )
+    return results[0], results[1], results[2]
+
+
+def _soft_fake(
+    x: Tensor, q: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float, needs_grad: bool,
+    needs_log_p: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    loss = x.new_empty((x.shape[0], *x.shape[2:]) if reduction == "none" else ())
+    return loss, x.new_empty(x.shape if needs_grad else (0,)), x.new_empty(x.shape if needs_log_p else (0,))
+
+
+def _scaled(
+    dloss: Tensor, grad: Tensor, labels: Tensor | None, total: Tensor | None, ignore_index: int,
+    dtype: torch.dtype | None = None, in_place: bool = False,
+) -> Tensor:  # fmt: skip
+    out = grad if in_place and dtype in (None, grad.dtype) else torch.empty_like(grad, dtype=dtype)
+    scaled: Tensor = kernels("cross_entropy").scale_gradient(dloss, grad, labels, total, ignore_index, out)
+    return scaled
+
+
+_cross_entropy: Callable[..., tuple[Tensor, Tensor, Tensor]] = define(
+    "cross_entropy(Tensor x, Tensor labels, Tensor? weight, int ignore_index, str reduction, float label_smoothing,"
+    " bool needs_grad) -> (Tensor, Tensor, Tensor)",
     _forward,
-    _forward_fake,
+    _fake,
+)
+_soft_cross_entropy: Callable[..., tuple[Tensor, Tensor, Tensor]] = define(
+    "soft_cross_entropy(Tensor x, Tensor q, Tensor? weight, str reduction, float label_smoothing, bool needs_grad,"
+    " bool needs_log_p) -> (Tensor, Tensor, Tensor)",
+    _soft_forward,
+    _soft_fake,
 )
 _scale_gradient: Callable[..., Tensor] = define(
-    "scale_gradient(Tensor dloss, Tensor grad, Tensor target, int ignore_index) -> Tensor",
-    lambda *arguments: kernels("cross_entropy").scale_gradient(*arguments, in_place=False),
-    lambda dloss, grad, target, ignore_index: torch.empty_like(grad),
+    "scale_gradient(Tensor dloss, Tensor grad, Tensor? labels, Tensor? total, int ignore_index,"
+    " ScalarType? dtype=None) -> Tensor",
+    _scaled,
+    lambda dloss, grad, labels, total, ignore_index, dtype=None: torch.empty_like(grad, dtype=dtype),
 )
 
 
-def cross_entropy(x: Tensor, target: Tensor, ignore_index: int, reduction: str, label_smoothing: float) -> Tensor:
-    """The loss, [M] for the reduction "none" and else 0-d, of logits x [M, C] and labels [M]."""
-    if needs_graph(x):
-        loss, _ = _record(x, target, ignore_index, reduction, label_smoothing)
-    else:
-        loss, _ = _cross_entropy(x, target, ignore_index, reduction, label_smoothing, False)
-    return loss
+def cross_entropy(
+    x: Tensor, labels: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+) -> Tensor:
+    """The loss, of the labels' shape for the reduction "none" and else 0-d; weight is [C], contiguous, or None."""
+    arguments = (x, labels, weight, ignore_index, reduction, label_smoothing)
+    return (_record(*arguments) if needs_graph(x) else _cross_entropy(*arguments, False))[0]
+
+
+def soft_cross_entropy(x: Tensor, q: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float) -> Tensor:
+    """The same with probabilities q, of x's shape and dtype, as the target."""
+    arguments = (x, q, weight, reduction, label_smoothing)
+    if needs_graph(x, q):
+        return _record_soft(*arguments, needs_graph(q))[0]
+    return _soft_cross_entropy(*arguments, False, False)[0]
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Loss and gradient. Saves the gradient, which no one else holds, and the labels."""
+    """Loss, gradient and the weight of all rows. Saves the gradient, which no one else holds, and the labels."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        x: Tensor, target: Tensor, ignore_index: int, reduction: str, label_smoothing: float
-    ) -> tuple[Tensor, Tensor]:
-        return _cross_entropy(x, target, ignore_index, reduction, label_smoothing, True)
+        x: Tensor, labels: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _cross_entropy(x, labels, weight, ignore_index, reduction, label_smoothing, True)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, target, ctx.ignore_index, ctx.reduction, ctx.label_smoothing = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, labels, weight, ctx.ignore_index, ctx.reduction, ctx.label_smoothing = inputs
+        _, grad, total = output
         ctx.set_materialize_grads(False)
-        # A hook on saved tensors may keep what it was given.
-        ctx.private = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
-        ctx.save_for_backward(output[1], target)
+        ctx.private = nobody_looks()
+        ctx.save_for_backward(grad, labels, weight, total)
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor | None, v: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad, target = ctx.saved_tensors
-        second = None
+    def backward(ctx: Any, dloss: Tensor | None, v: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad, labels, weight, total = ctx.saved_tensors
+        total = total.detach()
+        deferred, dx = _is_deferred(grad, ctx.reduction), None
         if v is not None:  # before `grad` may be scaled
-            second = _second_derivative(grad, target, v, ctx.ignore_index, ctx.reduction, ctx.label_smoothing)
-        if dloss is None:
-            return second, None, None, None, None
-        if torch.is_grad_enabled():
+            # no rows that count weigh 0, and are masked below
+            s = 1 / total.masked_fill(total == 0, 1) if ctx.reduction == "mean" and not deferred else 1.0
+            masses = _label_masses(grad, labels, weight, ctx.label_smoothing)
+            dx = _curvature(grad, masses, s, v).masked_fill((labels.long() == ctx.ignore_index).unsqueeze(1), 0)
+        if dloss is not None and torch.is_grad_enabled():
             ctx.private = False  # the graph that is being made keeps it
-            dloss = dloss.unsqueeze(-1) if dloss.dim() else dloss
-            dx = torch.where((target.long() == ctx.ignore_index).unsqueeze(-1), 0, grad * dloss)
-        else:
-            dx = _scale(dloss, grad, target, ctx.ignore_index, ctx.private)
-        return dx if second is None else dx + second, None, None, None, None
+            scaled = _multiply(grad, dloss / total if deferred else dloss)
+            dx = _add(dx, scaled.masked_fill((labels.long() == ctx.ignore_index).unsqueeze(1), 0))
+        elif dloss is not None:
+            divisor = total if deferred else None
+            dx = _add(dx, scale(dloss, grad, labels, divisor, ctx.ignore_index, ctx.private))
+        return dx, None, None, None, None, None
 
 
-_record: Callable[..., tuple[Tensor, Tensor]] = recorded(CrossEntropy)
+class SoftCrossEntropy(torch.autograd.Function):
+    """Loss, gradient and, if q has a gradient too, log p. Saves the two and q.
+
+    dq = -(1 - label smoothing) s w log p; dx gets what flows into log p, u, as u - p Σ u.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, q: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float, needs_log_p: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _soft_cross_entropy(x, q, weight, reduction, label_smoothing, True, needs_log_p)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, q, weight, ctx.reduction, ctx.label_smoothing, ctx.has_log_p = inputs
+        ctx.set_materialize_grads(False)
+        ctx.private = nobody_looks()
+        ctx.row_scale = 1 / max(1, x.numel() // x.shape[1]) if ctx.reduction == "mean" else 1.0
+        ctx.save_for_backward(output[1], output[2], q, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor | None, v: Tensor | None, u: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad, log_p, q, weight = ctx.saved_tensors
+        deferred, dx, dq = _is_deferred(grad, ctx.reduction), None, None
+        s = 1.0 if deferred else ctx.row_scale
+        if ctx.has_log_p and ctx.needs_input_grad[1]:
+            dq = _target_gradient(ctx, dloss, v, log_p, weight, s)
+        if v is not None:
+            dx = _curvature(grad, _masses(q, weight, ctx.label_smoothing), s, v)
+        if u is not None:
+            dx = _add(dx, u - log_p.exp() * u.sum(1, keepdim=True))
+        if dloss is not None:
+            dloss = dloss.float() * ctx.row_scale if deferred else dloss
+            if torch.is_grad_enabled():
+                ctx.private = False
+                dx = _add(dx, _multiply(grad, dloss))
+            else:
+                dx = _add(dx, scale(dloss, grad, None, None, 0, ctx.private))
+        return dx, dq, None, None, None, None
 
 
-def _scale(dloss: Tensor, grad: Tensor, target: Tensor, ignore_index: int, private: bool) -> Tensor:
+_record: Callable[..., tuple[Tensor, ...]] = recorded(CrossEntropy)
+_record_soft: Callable[..., tuple[Tensor, ...]] = recorded(SoftCrossEntropy)
+
+
+def nobody_looks() -> bool:
+    """Whether what a Function saves stays its own: a hook on saved tensors may keep what it is given."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+def scale(
+    dloss: Tensor, grad: Tensor, labels: Tensor | None, total: Tensor | None, ignore_index: int, private: bool,
+    dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
     """dloss · grad, in the buffer of `grad` where this backward is the last to read it and nobody else can."""
     if not eager(dloss, grad):
-        return _scale_gradient(dloss, grad, target, ignore_index)
+        return _scale_gradient(dloss, grad, labels, total, ignore_index, dtype)
     grad = grad.detach()  # a saved output comes with its graph, which the result must not have
     last = private and not torch._C._autograd._get_current_graph_task_keep_graph()
-    scaled: Tensor = kernels("cross_entropy").scale_gradient(dloss, grad, target, ignore_index, in_place=last)
-    return scaled
+    return _scaled(dloss, grad, labels, total, ignore_index, dtype, in_place=last)
 
 
-def _second_derivative(
-    grad: Tensor, target: Tensor, v: Tensor, ignore_index: int, reduction: str, label_smoothing: float
+def _add(a: Tensor | None, b: Tensor) -> Tensor:
+    return b if a is None else a + b
+
+
+# What follows is for derivatives of gradients: PyTorch's operators, so of any order.
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _multiply(grad: Tensor, dloss: Tensor) -> Tensor:
+    """dloss · grad, rounded once."""
+    return (_wide(grad) * _wide(dloss.unsqueeze(1) if dloss.dim() else dloss)).to(grad.dtype)
+
+
+def _per_class(weight: Tensor, like: Tensor) -> Tensor:
+    """[C] as [C, 1, ...], to multiply a tensor with the classes in dimension 1."""
+    return _wide(weight).reshape(-1, *[1] * (like.dim() - 2))
+
+
+def _masses(q: Tensor, weight: Tensor | None, label_smoothing: float) -> Tensor:
+    """a = w ∘ q of probabilities q."""
+    q = _wide(q)
+    if label_smoothing > 0:
+        q = q * (1 - label_smoothing) + label_smoothing / q.shape[1]
+    return q if weight is None else q * _per_class(weight, q)
+
+
+def _label_masses(grad: Tensor, labels: Tensor, weight: Tensor | None, label_smoothing: float) -> Tensor:
+    """The same of labels, for a gradient of this shape and dtype."""
+    classes = torch.arange(grad.shape[1], device=grad.device).reshape(-1, *[1] * (grad.dim() - 2))
+    return _masses((classes == labels.long().unsqueeze(1)).to(grad.dtype), weight, label_smoothing)
+
+
+def _curvature(grad: Tensor, masses: Tensor, scale: Tensor | float, v: Tensor) -> Tensor:
+    """s A p ∘ (v - <p, v>), A p = grad / s + a; 0 where A is 0."""
+    ap, v = _wide(grad) / scale + masses, _wide(v)
+    mass = masses.sum(1, keepdim=True)
+    mean = (ap * v).sum(1, keepdim=True) / mass.masked_fill(mass == 0, 1)
+    return (scale * ap * (v - mean)).masked_fill(mass == 0, 0).to(grad.dtype)
+
+
+def _target_gradient(
+    ctx: Any, dloss: Tensor | None, v: Tensor | None, log_p: Tensor, weight: Tensor | None, scale: float
 ) -> Tensor:
-    """s p ∘ (v - <p, v>), with p = grad / s + q; in PyTorch's operators, so of any order."""
-    dtype, classes = grad.dtype, grad.shape[-1]
-    if dtype in (torch.float16, torch.bfloat16):
-        grad, v = grad.float(), v.float()
-    target = target.long()
-    valid = (target != ignore_index).unsqueeze(-1)
-    count = valid.sum() if reduction == "mean" else 1
-    is_target = torch.arange(classes, device=grad.device) == target.unsqueeze(-1)
-    q = is_target.to(grad.dtype) * (1 - label_smoothing) + label_smoothing / classes
-    p = grad * count + q
-    return torch.where(valid, p * (v - (p * v).sum(-1, keepdim=True)) / count, 0).to(dtype)
+    """dq, from the loss and, of v, from the gradient: (1 - label smoothing) s w (<p, v> - v)."""
+    dtype, log_p = log_p.dtype, _wide(log_p)
+    dq = torch.zeros_like(log_p)
+    if dloss is not None:
+        dq = -ctx.row_scale * _multiply(log_p, dloss)
+    if v is not None:
+        dq = dq + scale * ((log_p.exp() * v).sum(1, keepdim=True) - v)
+    dq = dq * (1 - ctx.label_smoothing if ctx.label_smoothing > 0 else 1)
+    return (dq if weight is None else dq * _per_class(weight, dq)).to(dtype)

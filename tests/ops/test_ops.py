@@ -20,31 +20,48 @@ from fusednn.ops import registry
 loops = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
 
-def samples(device: str) -> dict[str, tuple[Any, ...]]:
-    """Arguments of each operator."""
+def samples(device: str) -> dict[str, tuple[str, tuple[Any, ...]]]:
+    """Operators and arguments, by a name that tells what is special about them."""
     x, w, b, dy = (torch.randn(s, device=device) for s in ((5, 6), (4, 6), (4,), (5, 4)))
     y = torch.relu(dy)
     target = torch.tensor([0, 1, 2, 3, -100], device=device)
+    blocks, labels, weight = torch.randn(5, 4, 3, device=device), target[:, None].expand(5, 3), b.abs()
+    two, total = torch.tensor(2.0, device=device), torch.tensor(4.0, device=device)
+    chunked = (x, w, b, target, weight, -100)
     return {
-        "linear": (x, w, b, True),
-        "linear_input_grad": (dy, y, w),
-        "linear_weight_grad": (dy, None, x, True, False),
-        "cross_entropy": (dy, target, -100, "mean", 0.1, True),
-        "scale_gradient": (torch.tensor(2.0, device=device), dy, target, -100),
+        "linear": ("linear", (x, w, b, True)),
+        "linear_input_grad": ("linear_input_grad", (dy, y, w)),
+        "linear_weight_grad": ("linear_weight_grad", (dy, None, x, True, False)),
+        "cross_entropy": ("cross_entropy", (dy, target, None, -100, "mean", 0.1, True)),
+        "cross_entropy, blocks": ("cross_entropy", (blocks, labels, weight, -100, "none", 0.1, True)),
+        "cross_entropy, transposed": ("cross_entropy", (x.T, target[:4].repeat(2)[:6], None, -100, "sum", 0.0, True)),
+        "cross_entropy, no gradient": ("cross_entropy", (dy, target, None, -100, "none", 0.0, False)),
+        "cross_entropy, float16": ("cross_entropy", (dy.half(), target, None, -100, "mean", 0.0, False)),
+        "soft_cross_entropy": ("soft_cross_entropy", (dy, dy.softmax(1), weight, "mean", 0.1, True, True)),
+        "soft_cross_entropy, blocks": ("soft_cross_entropy", (blocks, blocks, None, "none", 0.0, True, False)),
+        "soft_cross_entropy, no gradient": ("soft_cross_entropy", (dy, dy, None, "sum", 0.0, False, False)),
+        "scale_gradient": ("scale_gradient", (two, dy, target, None, -100)),
+        "scale_gradient, blocks": ("scale_gradient", (labels.float(), blocks, labels, None, -100)),
+        "scale_gradient, divided": ("scale_gradient", (two, dy, None, total, 0, torch.bfloat16)),
+        "linear_cross_entropy": ("linear_cross_entropy", (*chunked, "mean", 0.1, 2, True, True, True)),
+        "linear_cross_entropy, rows": ("linear_cross_entropy", (*chunked, "none", 0.0, 2, False, False, False)),
+        "linear_cross_entropy_rows_backward": (
+            "linear_cross_entropy_rows_backward",
+            (b[[0, 1, 2, 3, 0]], *chunked, 0.0, 2, True, False, True),
+        ),
     }
 
 
 @pytest.mark.parametrize("name", samples("cpu"))
 def test_opcheck(name: str, device: str) -> None:
-    operator = getattr(torch.ops.fusednn, name).default
-    results = torch.library.opcheck(operator, samples(device)[name])
+    operator, arguments = samples(device)[name]
+    results = torch.library.opcheck(getattr(torch.ops.fusednn, operator).default, arguments)
     assert set(results.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum"])
-def test_opcheck_without_a_gradient(reduction: str, device: str) -> None:
-    logits, target, ignored, _, _, _ = samples(device)["cross_entropy"]
-    torch.library.opcheck(torch.ops.fusednn.cross_entropy.default, (logits, target, ignored, reduction, 0.0, False))
+def test_every_operator_has_a_sample() -> None:
+    defined = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fusednn::")}
+    assert {operator.split(".")[0] for operator in defined} == {operator for operator, _ in samples("cpu").values()}
 
 
 class Step:
@@ -99,16 +116,49 @@ def test_export(device: str) -> None:
     torch.testing.assert_close(exported.module()(x), step.plain(x))
 
 
+def of_logits(**options: Any) -> Callable[[Any], Callable[[Tensor, Tensor], Tensor]]:
+    """A loss (w, x) of an implementation of cross entropy."""
+    return lambda f: lambda w, x: f(x @ w.T, torch.arange(x.shape[0]) % 4, **options)
+
+
+def of_probabilities(f: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda w, x: f(x @ w.T, (x.flip(0) @ w.T).softmax(1), torch.arange(1.0, 5.0), label_smoothing=0.1)
+
+
+def of_blocks(f: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    def loss(w: Tensor, x: Tensor) -> Tensor:
+        logits = x @ w.T
+        labels = torch.arange(2 * x.shape[0]).reshape(-1, 2) % 4
+        return f(torch.stack((logits, logits * 2), 2), labels, torch.arange(1.0, 5.0), reduction="none").pow(2).sum()
+
+    return loss
+
+
+def chunked(f: Any, **options: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """`f`: linear_cross_entropy, in chunks of 2 rows, or PyTorch's."""
+    return lambda w, x: f(x, w, torch.arange(x.shape[0]) % 4, **options).pow(2).sum()
+
+
+def composed(x: Tensor, w: Tensor, labels: Tensor, chunk_rows: int, reduction: str) -> Tensor:
+    return F.cross_entropy(F.linear(x, w), labels, reduction=reduction)
+
+
 def losses() -> dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]]:
+    """Ours and PyTorch's loss of w and x, by name."""
+    both = functional.cross_entropy, F.cross_entropy
+    weights = {"weight": torch.arange(1.0, 5.0), "ignore_index": 1}
+    chunks = functional.linear_cross_entropy, composed
     return {
         "linear_relu": (
             lambda w, x: functional.linear_relu(x, w).pow(2).sum(),
             lambda w, x: torch.relu(F.linear(x, w)).pow(2).sum(),
         ),
-        "cross_entropy": (
-            lambda w, x: functional.cross_entropy(x @ w.T, torch.arange(len(x)) % 4, label_smoothing=0.1),
-            lambda w, x: F.cross_entropy(x @ w.T, torch.arange(len(x)) % 4, label_smoothing=0.1),
-        ),
+        "cross_entropy": tuple(of_logits(label_smoothing=0.1)(f) for f in both),
+        "cross_entropy, weighted": tuple(of_logits(**weights)(f) for f in both),
+        "cross_entropy, probabilities": tuple(of_probabilities(f) for f in both),
+        "cross_entropy, blocks": tuple(of_blocks(f) for f in both),
+        "linear_cross_entropy": tuple(chunked(f, chunk_rows=2, reduction="mean") for f in chunks),
+        "linear_cross_entropy, rows": tuple(chunked(f, chunk_rows=2, reduction="none") for f in chunks),
     }
 
 
@@ -171,6 +221,47 @@ def test_forward_mode_refuses(name: str) -> None:
         functional.linear_relu(x, torch.autograd.forward_ad.make_dual(w, w))
 
 
+@pytest.mark.parametrize("name", list(losses())[1:])
+def test_compile_each_loss(name: str) -> None:
+    """Static shapes, then others; values and gradients."""
+    torch._dynamo.reset()
+    ours, theirs = losses()[name]
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    for rows in (5, 7, 9, 1):
+        w, x = torch.randn(4, 6, requires_grad=True), torch.randn(rows, 6, requires_grad=True)
+        value, right = compiled(w, x), theirs(w, x)
+        torch.testing.assert_close(value, right)
+        torch.testing.assert_close(torch.autograd.grad(value * 3, (w, x)), torch.autograd.grad(right * 3, (w, x)))
+
+
+@pytest.mark.parametrize("name", list(losses())[1:])
+def test_export_each_loss(name: str) -> None:
+    ours, theirs = losses()[name]
+
+    class Loss(nn.Module):
+        def forward(self, w: Tensor, x: Tensor) -> Tensor:
+            return ours(w, x)
+
+    w, x = torch.randn(4, 6), torch.randn(5, 6)
+    rows = torch.export.Dim("rows", min=2)
+    exported = torch.export.export(Loss(), (w, x), dynamic_shapes=(None, {0: rows}))
+    assert "fusednn." in str(exported.graph)
+    for rows in (3, 8):
+        x = torch.randn(rows, 6)
+        torch.testing.assert_close(exported.module()(w, x), theirs(w, x))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", list(losses())[1:])
+def test_activation_checkpointing_of_each_loss(name: str, use_reentrant: bool) -> None:
+    ours, theirs = losses()[name]
+    w, x = torch.randn(4, 6, requires_grad=True), torch.randn(5, 6, requires_grad=True)
+    value, right = checkpoint(ours, w, x, use_reentrant=use_reentrant), theirs(w, x)
+    right_grads = torch.autograd.grad(right, (w, x))
+    value.backward()  # the reentrant kind takes no autograd.grad
+    torch.testing.assert_close((w.grad, x.grad), right_grads)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing(use_reentrant: bool, device: str) -> None:
     step = Step(device)
@@ -200,7 +291,7 @@ def test_a_subclass_and_a_mode_go_through_the_operator(device: str) -> None:
 
 def test_the_operators_refuse_autograd(device: str) -> None:
     """Called without the Function around them they must not lose a gradient silently."""
-    x, w, b, relu = samples(device)["linear"]
+    x, w, b, relu = samples(device)["linear"][1]
     y = torch.ops.fusednn.linear(x, w.requires_grad_(), b, relu)
     with pytest.raises((RuntimeError, UserWarning), match="autograd"):
         y.sum().backward()

@@ -10,7 +10,14 @@ extras = {
     # the command line: `fusednn train`
     "app": ["matplotlib>=3.8", "safetensors>=0.4", "scikit-learn>=1.4", "tqdm>=4.66"],
     # the proof: tests and benchmarks
-    "test": ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.6", "numpy>=1.26"],
+    "test": [
+        "pytest>=8",
+        "pytest-benchmark>=5",
+        "pytest-xdist>=3.6",
+        "expecttest>=0.2",
+        "hypothesis>=6",
+        "numpy>=1.26",
+    ],
     # the implementations that the benchmarks compare with
     "peers": ["liger-kernel>=0.8"],
     "lint": ["import-linter>=2.1", "mypy>=1.13", "pre-commit>=4", "ruff>=0.9"],

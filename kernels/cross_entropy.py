@@ -52,7 +52,8 @@ LONG_CONFIGS = {"float": LaunchConfig(1, 4096, num_warps=8), "double": LaunchCon
 APART_CONFIGS = {"float": LaunchConfig(16, 32, num_warps=4), "double": LaunchConfig(16, 16, num_warps=4)}
 """The same where the classes of a row lie apart and its neighbours side by side, as in [B, C, D]. Unmeasured."""
 
-COUNT_CONFIG = SUM_CONFIG = SCALE_CONFIG = LaunchConfig(1024, 1, num_warps=4)
+COUNT_CONFIG = SUM_CONFIG = LaunchConfig(1024, 1, num_warps=4)
+SCALE_CONFIG = LaunchConfig(2048, 1, num_warps=4)
 """Elements of a program or a trip. Unmeasured, as all of them."""
 
 
@@ -191,7 +192,7 @@ def weigh_labels(
 def plan_scale(m: int, c: int, apart: bool, scalar: bool, divided: bool, labels: bool, in_place: bool) -> Launch:
     """Tiles of `SCALE_CONFIG.block_m` elements, long in the direction in which elements lie side by side."""
     elements = SCALE_CONFIG.block_m
-    block_c = min(elements, 32 if apart else elements, triton.next_power_of_2(c))
+    block_c = min(elements, 16 if apart else elements, triton.next_power_of_2(c))
     block_m = elements // block_c
     flags = {"SCALAR": scalar, "DIVIDED": divided, "LABELS": labels, "IN_PLACE": in_place}
     return plan(cdiv(m, block_m) * cdiv(c, block_c), SCALE_CONFIG, **flags, BLOCK_M=block_m, BLOCK_C=block_c)

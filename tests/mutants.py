@@ -30,10 +30,11 @@ class Mutant:
     new: str
 
     def source(self) -> str:
-        """The broken file. Raises ValueError where there is nothing to break: the list must keep up."""
+        """The broken file. Raises ValueError where the kernel has nothing to break: the list must keep up."""
         text = (ROOT / self.file).read_text()
         start = text.index(self.after)
-        place = text.index(self.old, start)
+        ends = text.find("\n\n\n", start)
+        place = text.index(self.old, start, len(text) if ends < 0 else ends)
         return text[:place] + self.new + text[place + len(self.old) :]
 
 
@@ -42,7 +43,8 @@ def of(file: str, kernel: str, *changes: tuple[str, str, str]) -> list[Mutant]:
     return [Mutant(f"{kernel}: {name}", file, f"def {kernel}(", old, new) for name, old, new in changes]
 
 
-LINEAR, CROSS_ENTROPY, NUMERICS = "kernels/linear.py", "kernels/cross_entropy.py", "kernels/numerics.py"
+LINEAR, NUMERICS = "kernels/linear.py", "kernels/numerics.py"
+LAUNCHER, CROSS_ENTROPY = "kernels/cross_entropy.py", "kernels/cross_entropy_kernels.py"
 
 MUTANTS = [
     *of(
@@ -98,13 +100,43 @@ MUTANTS = [
     ),
     *of(
         CROSS_ENTROPY,
-        "count_labels_kernel",
-        ("ignored ones too", "(mask & (target != ignore_index))", "mask"),
-        ("into the next program's", "last = tl.minimum(M, first + program_rows)", "last = M"),
-        ("stride", "(offs + row) * stride_t", "(offs + row)"),
-        ("only the last trip", "count += (mask", "count = (mask"),
+        "row_offsets",
+        ("stride of d", "(offs_m % D) * strides[2]", "(offs_m % D) * strides[1]"),
+        ("stride of b", "(offs_m // D) * strides[0]", "(offs_m // D) * strides[2]"),
     ),
-    *of(CROSS_ENTROPY, "count_valid", ("one too few", "offs < counts", "offs < counts - 1")),
+    *of(
+        CROSS_ENTROPY,
+        "load_labels",
+        ("negative labels", "(label >= 0) & (label < C)", "label < C"),
+        ("large labels", "(label >= 0) & (label < C)", "label >= 0"),
+        ("rows past the end", "valid = mask_m & (label", "valid = (label"),
+        ("weights of ignored rows", "load(weight_ptr + label, valid & in_range)", "load(weight_ptr + label, in_range)"),
+        ("weights out of range", "load(weight_ptr + label, valid & in_range)", "load(weight_ptr + label, valid)"),
+        ("weight of every row", "return label, valid.to(dtype), valid", "return label, mask_m.to(dtype), valid"),
+    ),
+    *of(
+        CROSS_ENTROPY,
+        "split_smoothing",
+        ("smoothing of the label", "weight * (1.0 - s).to(weight.dtype)", "weight"),
+        ("smoothing in float32", "s = from_bits(smoothing)", "s = from_bits(smoothing).to(tl.float32)"),
+    ),
+    *of(
+        CROSS_ENTROPY,
+        "load_masses",
+        ("smoothing of probabilities", "(1.0 - from_bits(smoothing)).to(a.dtype) + share", "1.0 + share"),
+        ("weights of probabilities", "a * weights if PROBABILITIES", "a if PROBABILITIES"),
+        ("weights of the smoothing", "a + share * weights", "a + share"),
+        ("mask of C", "return tl.where(mask, a, 0.0)", "return a"),
+    ),
+    *of(
+        CROSS_ENTROPY,
+        "reduce_losses",
+        ("one count too few", "offs < counts", "offs < counts - 1"),
+        ("place of a weight", "tl.store(total_ptr + tl.program_id(0), part)", "tl.store(total_ptr, part)"),
+        ("rows for weights", "total = part if ONE_PROGRAM", "total = tl.cast(M, loss.dtype) if ONE_PROGRAM"),
+        ("mean of one program", "tl.sum(loss) / total, True", "tl.sum(loss), True"),
+        ("place of a sum", "tl.store(loss_ptr + tl.program_id(0), tl.sum(loss))", "tl.store(loss_ptr, tl.sum(loss))"),
+    ),
     *of(
         CROSS_ENTROPY,
         "finish_losses",
@@ -114,54 +146,90 @@ MUTANTS = [
     *of(
         CROSS_ENTROPY,
         "finish_gradient",
-        ("label's 1", "p - (1.0 - SMOOTHING), p)", "p, p)"),
-        ("smoothing", "gradient -= SMOOTHING", "gradient += SMOOTHING"),
+        ("label's 1", "gradient - kept[:, None], gradient)", "gradient, gradient)"),
+        ("smoothing", "gradient) - share", "gradient)"),
+        ("sign of the masses", "gradient -= a", "gradient += a"),
+        ("mass", "p * mass[:, None]", "p"),
         ("scale", "gradient * scale", "gradient"),
-        ("bad labels pass", 'tl.where(in_range, gradient * scale, float("nan"))', "gradient * scale"),
-        ("ignored rows", "return tl.where(valid, gradient, 0.0)", "return gradient"),
+        ("bad labels pass", 'tl.where(in_range[:, None], gradient * scale, float("nan"))', "gradient * scale"),
+        ("ignored rows", "tl.where(valid[:, None], tl", "tl.where(True, tl"),
+    ),
+    *of(
+        CROSS_ENTROPY,
+        "count_labels_kernel",
+        ("into the next program's", "last = tl.minimum(M, first + program_rows)", "last = M"),
+        ("only the last trip", "total += weight", "total = weight"),
+        ("rows of a trip", "offs_m = first + row +", "offs_m = first +"),
     ),
     *of(
         CROSS_ENTROPY,
         "cross_entropy_kernel",
         ("no maximum", "x - tl.max(x, axis=1)[:, None]", "x"),
         ("mask of C", "mask_m[:, None] & (offs_c < C)[None, :]", "mask_m[:, None] & (offs_c <= C)[None, :]"),
-        ("stride of x", "offs_c.to(tl.int64)[None, :] * stride_xc", "offs_c.to(tl.int64)[None, :]"),
-        ("stride of the labels", "offs_m * stride_t", "offs_m"),
-        ("negative labels", "(target >= 0) & (target < C)", "target < C"),
-        ("large labels", "(target >= 0) & (target < C)", "target >= 0"),
-        ("smoothing of the label", "(1.0 - SMOOTHING) * tl.sum", "tl.sum"),
-        ("rows past the end", "valid = mask_m & (target", "valid = (target"),
-        ("count of the batch", "tl.sum(valid.to(tl.int32)) if", "M if"),
-        ("scale of one program", "tl.sum(loss) * scale", "tl.sum(loss)"),
+        ("stride of x", "steps * x_strides[1]", "steps"),
+        ("stride of probabilities", "steps * t_strides[1]", "steps * x_strides[1]"),
+        ("stride of the gradient", "steps * g_strides[1]", "steps"),
         ("32-bit offsets", "tl.program_id(0).to(tl.int64)", "tl.program_id(0)"),
+        ("32-bit classes", "steps = offs_c.to(tl.int64)[None, :]", "steps = offs_c[None, :]"),
+        ("smoothing of the loss", "loss -= share * tl.sum", "loss += share * tl.sum"),
+        ("log softmax", "shifted - tl.log(total_exp)[:, None]", "shifted"),
+        ("divided too soon", "1.0 / total if SCALED else 1.0", "1.0 / total"),
     ),
     *of(
         CROSS_ENTROPY,
         "cross_entropy_long_kernel",
-        ("no rescaling", "totals * tl.exp(m - new_base)", "totals"),
-        ("maximum of the last block", "new_m = tl.maximum(m, tl.max(x))", "new_m = tl.max(x)"),
+        ("no rescaling", "totals * tl.exp(m - new_base)[:, None]", "totals"),
+        ("maximum of the last block", "new_m = tl.maximum(m, tl.max(x, axis=1))", "new_m = tl.max(x, axis=1)"),
         ("first block of -inf", 'tl.where(new_m == float("-inf"), 0.0, new_m)', "new_m"),
-        ("mask of C", "mask = offs_c < C - c", "mask = offs_c < C"),
-        ("spread not moved", "(c // BLOCK_C) * (base - new_base)", "0 * (base - new_base)"),
-        ("label's logit", "x_row + target * stride_xc", "x_row + target"),
-        ("label of the block", "offs_c + c == target", "offs_c == target"),
-        ("place of the gradient", "row * C + c + offs_c", "row * C + offs_c"),
-        ("32-bit offsets", "(offs_c + c).to(tl.int64)", "(offs_c + c)"),
+        ("mask of C", "mask = mask_m[:, None] & (offs_c < C)[None, :]", "mask = mask_m[:, None]"),
+        ("masses not moved", "spread += mass * (base - new_base) + tl", "spread += tl"),
+        ("smoothing not moved", "spread += c * share * (base - new_base)", "spread += 0 * share * (base - new_base)"),
+        ("mass of the last block", "mass += tl.sum(a, axis=1)", "mass = tl.sum(a, axis=1)"),
+        ("label's logit", "label * x_strides[1]", "label"),
+        ("place of the gradient", "grad_ptr + g_rows + steps * g_strides[1]", "grad_ptr + g_rows + steps"),
+        ("place of log softmax", "log_p_ptr + g_rows + steps * g_strides[1]", "log_p_ptr + g_rows + steps"),
+        ("32-bit offsets", "tl.program_id(0).to(tl.int64)", "tl.program_id(0)"),
+        ("32-bit classes", "steps = offs_c.to(tl.int64)[None, :]", "steps = offs_c[None, :]"),
+        ("divided too soon", "1.0 / total if SCALED else 1.0", "1.0 / total"),
+    ),
+    *of(
+        CROSS_ENTROPY,
+        "sum_partials",
+        ("mask", "offs < partials - first", "offs < partials"),
+        ("only the last trip", "sums += tl.load", "sums = tl.load"),
     ),
     *of(
         CROSS_ENTROPY,
         "sum_losses_kernel",
-        ("mask", "offs < partials - first", "offs < partials"),
-        ("only the last trip", "sums += tl.load", "sums = tl.load"),
-        ("sum for mean", 'REDUCTION == "mean"', 'REDUCTION == "none"'),
+        ("sum for mean", "loss /= total", "loss *= 1.0"),
+        ("weight not stored", "tl.store(total_ptr, total)", "tl.store(total_ptr, loss)"),
     ),
     *of(
         CROSS_ENTROPY,
         "scale_gradient_kernel",
-        ("stride of dloss", "offs_m * stride_dloss", "offs_m * 0"),
-        ("early exit at any 1", "tl.sum((dloss != 1.0).to(tl.int32)) > 0", "tl.min((dloss != 1.0).to(tl.int32)) > 0"),
-        ("ignored rows", "tl.where((target != ignore_index)[:, None], grad, 0.0)", "grad"),
+        ("stride of dloss", "row_offsets(offs_m, D, dloss_strides)", "row_offsets(offs_m, D, t_strides)"),
+        ("early exit at any 1", "tl.sum((factor != 1.0).to(tl.int32)) > 0", "tl.min((factor != 1.0).to(tl.int32)) > 0"),
+        ("not divided", "factor /= tl.load(total_ptr)", "factor *= 1.0"),
+        (
+            "ignored rows",
+            "(unsafe & (label == ignore_index))[:, None], 0.0, grad",
+            "(unsafe & False)[:, None], 0.0, grad",
+        ),
+        ("rows that are not ignored", "unsafe & (label == ignore_index)", "unsafe"),
         ("mask of C", "(offs_c < C)[None, :]", "(offs_c < C - 1)[None, :]"),
+        ("stride of the gradient", "offs_c[None, :] * g_strides[1]", "offs_c[None, :]"),
+    ),
+    *of(
+        LAUNCHER,
+        "plan_forward",
+        ("float16 divided", "and not is_deferred(dtype, reduction)", ""),
+        ("counted too late", "counted = scaled and not (probabilities or alone)", "counted = False"),
+    ),
+    *of(
+        LAUNCHER,
+        "strides_of",
+        ("labels of blocks", "strides[1] if len(strides) == 2 else 0", "0"),
+        ("blocks", "strides[2] if len(strides) == 3 else 0", "0"),
     ),
     *of(
         NUMERICS,
@@ -182,6 +250,7 @@ MUTANTS = [
 TESTS = {
     LINEAR: ["tests/kernels/test_linear.py"],
     CROSS_ENTROPY: ["tests/kernels/test_cross_entropy.py"],
+    LAUNCHER: ["tests/kernels/test_cross_entropy.py"],
     NUMERICS: ["tests/kernels/test_numerics.py", "tests/kernels"],
 }
 

@@ -79,3 +79,62 @@ def ten(call: Callable[[], None]) -> None:
     """As many calls as a captured graph has."""
     for _ in range(10):
         call()
+
+
+def linear_liger(x: Tensor, w: Tensor, target: Tensor, reduction: str) -> Tensor:
+    """Liger's, in chunks."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    loss: Tensor = liger_fused_linear_cross_entropy(x, w, target, reduction=reduction)
+    return loss
+
+
+def linear_cut(x: Tensor, w: Tensor, target: Tensor, reduction: str) -> Tensor:
+    """Apple's, whose logits never leave the chip."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    loss: Tensor = linear_cross_entropy(x, w, target, reduction=reduction)
+    return loss
+
+
+def linear_eager(x: Tensor, w: Tensor, target: Tensor, reduction: str) -> Tensor:
+    """PyTorch's two operations."""
+    return F.cross_entropy(F.linear(x, w), target, reduction=reduction)
+
+
+def linear_fusednn(x: Tensor, w: Tensor, target: Tensor, reduction: str) -> Tensor:
+    """Ours."""
+    return functional.linear_cross_entropy(x, w, target, reduction=reduction)
+
+
+LINEAR_IMPLEMENTATIONS: dict[str, tuple[str, Callable[..., Tensor]]] = {
+    "eager": ("torch", linear_eager),
+    "liger": ("liger_kernel", linear_liger),
+    "cut-cross-entropy": ("cut_cross_entropy", linear_cut),
+    "fusednn": ("fusednn", linear_fusednn),
+}
+
+
+@pytest.mark.benchmark(timer=Stamp)
+@pytest.mark.parametrize("implementation", LINEAR_IMPLEMENTATIONS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_linear_cross_entropy(reduction: str, implementation: str, benchmark: Any) -> None:
+    """8192 rows, 4096 wide, 128,256 classes, bfloat16, forward plus backward: GPU time of a call, and peak memory."""
+    module, function = LINEAR_IMPLEMENTATIONS[implementation]
+    if find_spec(module) is None:
+        pytest.skip(f"{module} is not installed")
+    x = torch.randn(8192, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    w = (torch.randn(128256, 4096, device="cuda", dtype=torch.bfloat16) / 64).requires_grad_()
+    target = torch.randint(0, 128256, (8192,), device="cuda")
+
+    def call() -> None:
+        torch.autograd.grad(function(x, w, target, reduction), (x, w))
+
+    call()
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    benchmark.extra_info["peak bytes over the inputs"] = torch.cuda.max_memory_allocated() - held
+    benchmark.group = f"linear cross entropy, 8192x4096x128256, bfloat16, {reduction}"
+    benchmark.pedantic(call, rounds=10, warmup_rounds=1)

@@ -1,5 +1,6 @@
 """What Python costs: importing fusednn, and a call with the kernels replaced by nothing, next to PyTorch's call."""
 
+import importlib
 import statistics
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from fusednn import dispatch, functional
-from fusednn.kernels import launch, linear
+from fusednn.kernels import cross_entropy, launch, linear
 
 IMPORT = """
 import time, torch
@@ -49,9 +50,12 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors take the way that a GPU's take, up to the launch."""
     monkeypatch.setattr(dispatch, "INTERPRETED", True)
     monkeypatch.setattr(launch, "INTERPRETED", True)
-    for name in dir(linear):
-        if name.endswith("_kernel"):
-            monkeypatch.setattr(linear, name, Nothing())
+    operations = importlib.import_module("fusednn.ops.cross_entropy")  # the function hides its name
+    monkeypatch.setattr(operations, "check_range", lambda *arguments: None)  # which only CPU tensors are put to
+    for module in (linear, cross_entropy):
+        for name in dir(module):
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, Nothing())
 
 
 def eager(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -82,3 +86,17 @@ def test_forward_and_backward(implementation: str, call: Callable[..., torch.Ten
     x, w, b = (torch.randn(shape, requires_grad=True) for shape in ((8, 8), (8, 8), (8,)))
     dy = torch.randn(8, 8)
     benchmark(lambda: torch.autograd.grad(call(x, w, b), (x, w, b), dy))
+
+
+@pytest.mark.usefixtures("no_kernels")
+@pytest.mark.benchmark(group="cross_entropy forward and backward, Python alone", min_rounds=2000)
+@pytest.mark.parametrize(
+    ("implementation", "call"),
+    [("eager", F.cross_entropy), ("fusednn", functional.cross_entropy)],
+    ids=["eager", "fusednn"],
+)
+def test_cross_entropy(implementation: str, call: Callable[..., torch.Tensor], benchmark: Any) -> None:
+    """8 rows of 10 classes, a gradient of one."""
+    x, target = torch.randn(8, 10, requires_grad=True), torch.randint(0, 10, (8,))
+    one = torch.ones(())
+    benchmark(lambda: torch.autograd.grad(call(x, target), x, one))

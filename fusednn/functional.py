@@ -129,7 +129,7 @@ def cross_entropy(
     smoothing = float(label_smoothing) if label_smoothing > 0 else 0.0
     shape, x = target.shape, _matrix(input, input)
     if not target.is_floating_point():
-        labels = target.reshape(-1) if x.dim() == 2 else target.flatten(1)
+        labels = target if input.dim() == 2 else target.reshape(-1) if x.dim() == 2 else target.flatten(1)
         loss = ops.cross_entropy(x, labels, _contiguous(weight), ignore_index, reduction, smoothing)
         return loss.reshape(shape) if reduction == "none" else loss
     dtype = torch.promote_types(input.dtype, target.dtype)

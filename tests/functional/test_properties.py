@@ -1,4 +1,4 @@
-"""Cross entropy of whatever hypothesis comes up with, against PyTorch in float64: shapes, strides, dtypes, arguments."""
+"""Cross entropy of whatever hypothesis comes up with, against PyTorch in float64: shapes, strides, all arguments."""
 
 from typing import Any
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from . import derivatives
 from .registry import define, eager, kernels, needs_graph, recorded
 
 
@@ -148,11 +149,13 @@ class CrossEntropy(torch.autograd.Function):
         if v is not None:  # before `grad` may be scaled
             # no rows that count weigh 0, and are masked below
             s = 1 / total.masked_fill(total == 0, 1) if ctx.reduction == "mean" and not deferred else 1.0
-            masses = _label_masses(grad, labels, weight, ctx.label_smoothing)
-            dx = _curvature(grad, masses, s, v).masked_fill((labels.long() == ctx.ignore_index).unsqueeze(1), 0)
+            masses = derivatives.label_masses(grad, labels, weight, ctx.label_smoothing)
+            dx = derivatives.curvature(grad, masses, s, v).masked_fill(
+                (labels.long() == ctx.ignore_index).unsqueeze(1), 0
+            )
         if dloss is not None and torch.is_grad_enabled():
             ctx.private = False  # the graph that is being made keeps it
-            scaled = _multiply(grad, dloss / total if deferred else dloss)
+            scaled = derivatives.multiply(grad, dloss / total if deferred else dloss)
             dx = _add(dx, scaled.masked_fill((labels.long() == ctx.ignore_index).unsqueeze(1), 0))
         elif dloss is not None:
             divisor = total if deferred else None
@@ -188,16 +191,16 @@ class SoftCrossEntropy(torch.autograd.Function):
         deferred, dx, dq = _is_deferred(grad, ctx.reduction), None, None
         s = 1.0 if deferred else ctx.row_scale
         if ctx.has_log_p and ctx.needs_input_grad[1]:
-            dq = _target_gradient(ctx, dloss, v, log_p, weight, s)
+            dq = derivatives.target_gradient(ctx, dloss, v, log_p, weight, s)
         if v is not None:
-            dx = _curvature(grad, _masses(q, weight, ctx.label_smoothing), s, v)
+            dx = derivatives.curvature(grad, derivatives.masses(q, weight, ctx.label_smoothing), s, v)
         if u is not None:
             dx = _add(dx, u - log_p.exp() * u.sum(1, keepdim=True))
         if dloss is not None:
             dloss = dloss.float() * ctx.row_scale if deferred else dloss
             if torch.is_grad_enabled():
                 ctx.private = False
-                dx = _add(dx, _multiply(grad, dloss))
+                dx = _add(dx, derivatives.multiply(grad, dloss))
             else:
                 dx = _add(dx, scale(dloss, grad, None, None, 0, ctx.private))
         return dx, dq, None, None, None, None
@@ -226,56 +229,3 @@ def scale(
 
 def _add(a: Tensor | None, b: Tensor) -> Tensor:
     return b if a is None else a + b
-
-
-# What follows is for derivatives of gradients: PyTorch's operators, so of any order.
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
-def _multiply(grad: Tensor, dloss: Tensor) -> Tensor:
-    """dloss · grad, rounded once."""
-    return (_wide(grad) * _wide(dloss.unsqueeze(1) if dloss.dim() else dloss)).to(grad.dtype)
-
-
-def _per_class(weight: Tensor, like: Tensor) -> Tensor:
-    """[C] as [C, 1, ...], to multiply a tensor with the classes in dimension 1."""
-    return _wide(weight).reshape(-1, *[1] * (like.dim() - 2))
-
-
-def _masses(q: Tensor, weight: Tensor | None, label_smoothing: float) -> Tensor:
-    """a = w ∘ q of probabilities q."""
-    q = _wide(q)
-    if label_smoothing > 0:
-        q = q * (1 - label_smoothing) + label_smoothing / q.shape[1]
-    return q if weight is None else q * _per_class(weight, q)
-
-
-def _label_masses(grad: Tensor, labels: Tensor, weight: Tensor | None, label_smoothing: float) -> Tensor:
-    """The same of labels, for a gradient of this shape and dtype."""
-    classes = torch.arange(grad.shape[1], device=grad.device).reshape(-1, *[1] * (grad.dim() - 2))
-    return _masses((classes == labels.long().unsqueeze(1)).to(grad.dtype), weight, label_smoothing)
-
-
-def _curvature(grad: Tensor, masses: Tensor, scale: Tensor | float, v: Tensor) -> Tensor:
-    """s A p ∘ (v - <p, v>), A p = grad / s + a; 0 where A is 0."""
-    ap, v = _wide(grad) / scale + masses, _wide(v)
-    mass = masses.sum(1, keepdim=True)
-    mean = (ap * v).sum(1, keepdim=True) / mass.masked_fill(mass == 0, 1)
-    return (scale * ap * (v - mean)).masked_fill(mass == 0, 0).to(grad.dtype)
-
-
-def _target_gradient(
-    ctx: Any, dloss: Tensor | None, v: Tensor | None, log_p: Tensor, weight: Tensor | None, scale: float
-) -> Tensor:
-    """dq, from the loss and, of v, from the gradient: (1 - label smoothing) s w (<p, v> - v)."""
-    dtype, log_p = log_p.dtype, _wide(log_p)
-    dq = torch.zeros_like(log_p)
-    if dloss is not None:
-        dq = -ctx.row_scale * _multiply(log_p, dloss)
-    if v is not None:
-        dq = dq + scale * ((log_p.exp() * v).sum(1, keepdim=True) - v)
-    dq = dq * (1 - ctx.label_smoothing if ctx.label_smoothing > 0 else 1)
-    return (dq if weight is None else dq * _per_class(weight, dq)).to(dtype)

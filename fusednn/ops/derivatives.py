@@ -1,0 +1,59 @@
+"""Derivatives of the gradient of cross entropy, of any order: PyTorch's operators. Names as in cross_entropy.py.
+
+Half precision is widened to float32 inside.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def multiply(grad: Tensor, dloss: Tensor) -> Tensor:
+    """dloss · grad, rounded once."""
+    return (_wide(grad) * _wide(dloss.unsqueeze(1) if dloss.dim() else dloss)).to(grad.dtype)
+
+
+def _per_class(weight: Tensor, like: Tensor) -> Tensor:
+    """[C] as [C, 1, ...], to multiply a tensor with the classes in dimension 1."""
+    return _wide(weight).reshape(-1, *[1] * (like.dim() - 2))
+
+
+def masses(q: Tensor, weight: Tensor | None, label_smoothing: float) -> Tensor:
+    """a = w ∘ q of probabilities q."""
+    q = _wide(q)
+    if label_smoothing > 0:
+        q = q * (1 - label_smoothing) + label_smoothing / q.shape[1]
+    return q if weight is None else q * _per_class(weight, q)
+
+
+def label_masses(grad: Tensor, labels: Tensor, weight: Tensor | None, label_smoothing: float) -> Tensor:
+    """The same of labels, for a gradient of this shape and dtype."""
+    classes = torch.arange(grad.shape[1], device=grad.device).reshape(-1, *[1] * (grad.dim() - 2))
+    return masses((classes == labels.long().unsqueeze(1)).to(grad.dtype), weight, label_smoothing)
+
+
+def curvature(grad: Tensor, masses: Tensor, scale: Tensor | float, v: Tensor) -> Tensor:
+    """s A p ∘ (v - <p, v>), A p = grad / s + a; 0 where A is 0."""
+    ap, v = _wide(grad) / scale + masses, _wide(v)
+    mass = masses.sum(1, keepdim=True)
+    mean = (ap * v).sum(1, keepdim=True) / mass.masked_fill(mass == 0, 1)
+    return (scale * ap * (v - mean)).masked_fill(mass == 0, 0).to(grad.dtype)
+
+
+def target_gradient(
+    ctx: Any, dloss: Tensor | None, v: Tensor | None, log_p: Tensor, weight: Tensor | None, scale: float
+) -> Tensor:
+    """dq, from the loss and, of v, from the gradient: (1 - label smoothing) s w (<p, v> - v)."""
+    dtype, log_p = log_p.dtype, _wide(log_p)
+    dq = torch.zeros_like(log_p)
+    if dloss is not None:
+        dq = -ctx.row_scale * multiply(log_p, dloss)
+    if v is not None:
+        dq = dq + scale * ((log_p.exp() * v).sum(1, keepdim=True) - v)
+    dq = dq * (1 - ctx.label_smoothing if ctx.label_smoothing > 0 else 1)
+    return (dq if weight is None else dq * _per_class(weight, dq)).to(dtype)

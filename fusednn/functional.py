@@ -172,6 +172,8 @@ def _cross_entropy_refuses(
         return "this target"
     if input.dim() == 0 or input.shape[min(1, input.dim() - 1)] == 0:
         return f"an input of shape {list(input.shape)}"
+    if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
+        return f"ignore_index {ignore_index!r}"
     if target.is_floating_point():
         probabilities = target.shape == input.shape and target.dtype in dispatch.DTYPES and ignore_index < 0
         if not probabilities:
@@ -180,8 +182,6 @@ def _cross_entropy_refuses(
         return f"a target of shape {list(target.shape)} and {target.dtype}"
     if weight is not None and not _weight_takes(weight, input, target):
         return "this weight"
-    if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
-        return f"ignore_index {ignore_index!r}"
     if type(label_smoothing) not in (float, int) or label_smoothing > 1.0:
         return f"label_smoothing {label_smoothing!r}"
     return None if reduction in ("none", "mean", "sum") else f"the reduction {reduction!r}"
@@ -191,7 +191,8 @@ def _weight_takes(weight: Tensor, input: Tensor, target: Tensor) -> bool:
     """Whether the class weights are ones that the kernels take: constants of the logits' dtype, one for each class."""
     if not isinstance(weight, Tensor) or weight.device != input.device or weight.layout is not torch.strided:
         return False
-    if weight.requires_grad and torch.is_grad_enabled():
+    # a torch.func transform may want a gradient of it that requires_grad does not tell of
+    if (weight.requires_grad and torch.is_grad_enabled()) or torch._C._are_functorch_transforms_active():
         return False
     if weight.dim() != 1 or weight.shape[0] != input.shape[min(1, input.dim() - 1)]:
         return False
@@ -224,10 +225,12 @@ def linear_cross_entropy(
     Derivatives of gradients are computed with the logits whole, and so are class probabilities and a linear_weight of
     more dimensions.
 
-    Raises what PyTorch raises for wrong arguments, and ValueError for chunk_rows below 1.
+    Raises what PyTorch raises for wrong arguments, TypeError or ValueError for a chunk_rows that is no int or below 1.
     """
     if chunk_rows is None:
         chunk_rows = getattr(options, "batch_chunk_size", None)
+    if not (chunk_rows is None or type(chunk_rows) is int):
+        raise TypeError(f"chunk_rows must be an int, got {chunk_rows!r}")
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     if _logits_are_whole(input, linear_weight, target, linear_bias, ignore_index):
@@ -247,10 +250,9 @@ def linear_cross_entropy(
     )
     if serves and torch.is_autocast_enabled(input.device.type):
         x, w, b = (_autocast(tensor, torch.get_autocast_dtype(input.device.type)) for tensor in (x, w, b))
-        loss_dtype, weight = torch.float32, _autocast(weight, x.dtype)
-    if not serves or (
-        reason := _linear_cross_entropy_refuses(x, w, target, b, weight, ignored, reduction, label_smoothing)
-    ):
+        loss_dtype, weight = torch.promote_types(x.dtype, torch.float32), _autocast(weight, torch.float32)
+    rest = (loss_dtype, weight, ignored, reduction, label_smoothing)
+    if not serves or (reason := _linear_cross_entropy_refuses(x, w, target, b, *rest)):
         loss = reference.linear_cross_entropy(
             input, linear_weight, target, linear_bias=linear_bias, weight=weight, reduction=reduction,
             ignore_index=ignore_index, label_smoothing=label_smoothing, options=options,
@@ -281,10 +283,12 @@ def _logits_are_whole(x: Tensor, w: Tensor, target: Tensor, b: Tensor | None, ig
 
 
 def _linear_cross_entropy_refuses(
-    x: Tensor, w: Tensor, target: Tensor, b: Tensor | None, weight: Tensor | None, ignore_index: int, reduction: str,
-    label_smoothing: float,
+    x: Tensor, w: Tensor, target: Tensor, b: Tensor | None, loss_dtype: torch.dtype | None, weight: Tensor | None,
+    ignore_index: int, reduction: str, label_smoothing: float,
 ) -> str | None:  # fmt: skip
     if x.dim() not in (1, 2) or not _linear_takes(x, w, b):
         return "these shapes, dtypes and devices"
-    logits = x.new_empty(()).expand(*x.shape[:-1], w.shape[0])
+    if isinstance(target, Tensor) and target.is_floating_point():
+        return "probabilities with an ignore_index"
+    logits = x.new_empty((), dtype=loss_dtype).expand(*x.shape[:-1], w.shape[0])
     return _cross_entropy_refuses(logits, target, weight, ignore_index, reduction, label_smoothing)

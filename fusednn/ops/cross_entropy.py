@@ -193,7 +193,8 @@ class SoftCrossEntropy(torch.autograd.Function):
         if ctx.has_log_p and ctx.needs_input_grad[1]:
             dq = derivatives.target_gradient(ctx, dloss, v, log_p, weight, s)
         if v is not None:
-            dx = derivatives.curvature(grad, derivatives.masses(q, weight, ctx.label_smoothing), s, v)
+            masses = derivatives.masses(q, weight, ctx.label_smoothing)
+            dx = derivatives.curvature(grad, masses, s, v, log_p if ctx.has_log_p else None)
         if u is not None:
             dx = _add(dx, u - log_p.exp() * u.sum(1, keepdim=True))
         if dloss is not None:

@@ -37,10 +37,13 @@ def label_masses(grad: Tensor, labels: Tensor, weight: Tensor | None, label_smoo
     return masses((classes == labels.long().unsqueeze(1)).to(grad.dtype), weight, label_smoothing)
 
 
-def curvature(grad: Tensor, masses: Tensor, scale: Tensor | float, v: Tensor) -> Tensor:
-    """s A p ∘ (v - <p, v>), A p = grad / s + a; 0 where A is 0."""
-    ap, v = _wide(grad) / scale + masses, _wide(v)
-    mass = masses.sum(1, keepdim=True)
+def curvature(grad: Tensor, masses: Tensor, scale: Tensor | float, v: Tensor, log_p: Tensor | None = None) -> Tensor:
+    """s A p ∘ (v - <p, v>); without log p A p = grad / s + a, and 0 where A is 0 (as a constant)."""
+    mass, v = masses.sum(1, keepdim=True), _wide(v)
+    if log_p is not None:
+        p = _wide(log_p).exp()
+        return (scale * mass * p * (v - (p * v).sum(1, keepdim=True))).to(grad.dtype)
+    ap = _wide(grad) / scale + masses
     mean = (ap * v).sum(1, keepdim=True) / mass.masked_fill(mass == 0, 1)
     return (scale * ap * (v - mean)).masked_fill(mass == 0, 0).to(grad.dtype)
 

@@ -164,11 +164,14 @@ class LinearCrossEntropy(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, w, b, labels, weight, *ctx.arguments = inputs
         ctx.private = nobody_looks()
+        ctx.set_materialize_grads(False)  # or zeros would be made for each output
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(x, w, b, labels, weight, *output[1:])
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dloss is None:
+            return (None,) * 12
         x, w, b, labels, weight, dx, dw, db, total = ctx.saved_tensors
         ignore_index, reduction, label_smoothing, chunk_rows, *_ = ctx.arguments
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], b is not None and ctx.needs_input_grad[2])

@@ -394,3 +394,27 @@ def test_legacy_arguments(device: str) -> None:
             f(x, target, size_average=average, reduce=reduce) for f in (functional.cross_entropy, F.cross_entropy)
         )
         torch.testing.assert_close(ours, theirs)
+
+
+def test_third_derivatives_of_a_row_without_probability(device: str) -> None:
+    """Whose masses sum to 0, but not their derivatives."""
+    x = torch.randn(3, 4, dtype=torch.float64, device=device, requires_grad=True)
+    q, results = torch.zeros_like(x, requires_grad=True), []
+    for operation in (functional.cross_entropy, F.cross_entropy):
+        torch.manual_seed(1)
+        value = operation(x, q)
+        for leaf in (x, x, q):
+            (value,) = torch.autograd.grad((value * torch.randn_like(value)).sum(), leaf, create_graph=True)
+        results.append(value)
+    torch.testing.assert_close(*results)
+
+
+def test_gradients_of_class_weights_under_transforms() -> None:
+    """Which `requires_grad` does not tell of there: PyTorch serves, and none is lost."""
+    x, q, weights = torch.randn(4, 5), torch.rand(4, 5), torch.rand(3, 5)
+    results = []
+    for f in (functional.cross_entropy, F.cross_entropy):
+        over = torch.func.grad(lambda w, f=f: torch.func.vmap(lambda w: f(x, q, w))(w).sum())
+        of_one = torch.compile(torch.func.grad(lambda w, f=f: f(x, q, w)), fullgraph=True, backend="aot_eager")
+        results.append((over(weights), of_one(weights[0])))
+    torch.testing.assert_close(*results)

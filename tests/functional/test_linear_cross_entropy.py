@@ -252,3 +252,30 @@ def test_reference_where_pytorch_has_none(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
     loss = reference.linear_cross_entropy(x, w, labels.int(), linear_bias=b)
     torch.testing.assert_close(loss, composed(x, w, labels, b))
+
+
+def test_autocast_leaves_float64_and_class_weights_alone(device: str) -> None:
+    """Weights of 1e-9 or 1e5 are scaled out by the mean; rounded to half precision they would lose digits."""
+    (x, w, b), labels, options = problem("weighted", device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert functional.linear_cross_entropy(x, w, labels, linear_bias=b, **options).dtype == torch.float64
+    x, w = x.detach().float(), w.detach().float().requires_grad_()
+    for factor in (1e-9, 1e5):
+        options["weight"] = torch.rand(6, device=device) * factor
+        with torch.autocast(device, dtype=torch.bfloat16):
+            both = [f(x, w, labels, **options) for f in (functional.linear_cross_entropy, composed)]
+        torch.testing.assert_close(*both, rtol=1e-5, atol=0)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, w)[0] for loss in both), rtol=5e-2, atol=2e-2)
+
+
+def test_backward_makes_no_zeros_of_what_was_saved(device: str) -> None:
+    """For outputs that have no gradient, each as large as dx or dW."""
+    (x, w, b), labels, _ = problem("plain", device)
+    seen: list[object] = []
+    backward = operation.LinearCrossEntropy.backward
+    with patch.object(
+        operation.LinearCrossEntropy, "backward", lambda ctx, *a: seen.extend(a[1:]) or backward(ctx, *a)
+    ):
+        loss = functional.linear_cross_entropy(x, w, labels, linear_bias=b)
+        torch.autograd.grad(loss, (x, w, b))
+    assert seen == [None] * 4

@@ -46,6 +46,9 @@ CONFIGS = {
     },
 }  # fmt: skip
 
+ON_CHIP = 16384 if torch.version.hip else 32768
+"""The most classes of a row that a program holds: on gfx942 32,768 spill (`make resources`)."""
+
 LONG_CONFIGS = {"float": LaunchConfig(1, 4096, num_warps=8), "double": LaunchConfig(1, 2048, num_warps=8)}
 """For rows with more classes than `CONFIGS` holds. Unmeasured."""
 
@@ -75,7 +78,7 @@ def choose(classes: int, dtype: torch.dtype, apart: bool, masses: bool) -> tuple
     """The configuration for rows of `classes` logits, and whether a program holds its rows whole on chip."""
     kind = "double" if dtype == torch.float64 else "float"
     for (block_m, block_c), num_warps in CONFIGS[f"{kind}, masses" if masses else kind].items():
-        if classes <= block_c and not (apart and block_m < APART_CONFIGS[kind].block_m):
+        if classes <= block_c <= ON_CHIP and not (apart and block_m < APART_CONFIGS[kind].block_m):
             return LaunchConfig(block_m, block_c, num_warps=num_warps), True
     return APART_CONFIGS[kind] if apart else LONG_CONFIGS[kind], False
 

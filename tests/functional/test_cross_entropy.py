@@ -65,10 +65,9 @@ def test_gradcheck_fast_over_many_programs(shape: tuple[int, ...], kind: str, de
 
 @pytest.mark.slow
 @EACH_KIND
-@EACH_REDUCTION
 @pytest.mark.parametrize("shape", [(130, 3), (3, 130), (2, 130, 3)], ids=str)
-def test_gradcheck_fast_at_130(shape: tuple[int, ...], reduction: str, kind: str, device: str) -> None:
-    problem = Problem(shape, kind, reduction, device)
+def test_gradcheck_fast_at_130(shape: tuple[int, ...], kind: str, device: str) -> None:
+    problem = Problem(shape, kind, "mean", device)
     assert gradcheck(problem.ours, problem.leaves, fast_mode=True)
 
 

@@ -202,6 +202,7 @@ MUTANTS = [
         CROSS_ENTROPY,
         "sum_losses_kernel",
         ("sum for mean", "loss /= total", "loss *= 1.0"),
+        ("mean for sum", 'REDUCTION == "mean"', "True"),
         ("weight not stored", "tl.store(total_ptr, total)", "tl.store(total_ptr, loss)"),
     ),
     *of(

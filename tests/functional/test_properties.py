@@ -13,7 +13,7 @@ from fusednn import functional
 from tests.accuracy import DTYPES, UNIT
 
 QUICK = settings(
-    max_examples=150, deadline=None, derandomize=True, database=None,
+    max_examples=60, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 

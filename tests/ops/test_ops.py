@@ -208,9 +208,9 @@ def test_per_sample_gradients() -> None:
     torch.testing.assert_close(for_ours, for_plain)
 
 
-@pytest.mark.parametrize("name", losses())
+@pytest.mark.parametrize("name", ["linear_relu", "cross_entropy", "linear_cross_entropy", "linear_cross_entropy, rows"])
 def test_forward_mode_refuses(name: str) -> None:
-    """There is no rule for it yet; dropping the tangent would be silent."""
+    """There is no rule for it yet; dropping the tangent would be silent. (With class weights PyTorch serves.)"""
     ours, _ = losses()[name]
     w, x = torch.randn(4, 6), torch.randn(5, 6)
     with pytest.raises(NotImplementedError, match="jvp"):

@@ -132,10 +132,9 @@ def cross_entropy_calls(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
         for reduction, probabilities, weighted, smoothing, needs_grad in VARIANTS:
             arguments = (weight if weighted else None, -100, reduction, smoothing, needs_grad)
             target = x if probabilities else labels
-            kind = "probabilities" if probabilities else "labels"
-            kind = f"{name} {kind}{' weighted' if weighted else ''}"
+            label = f"{name} {'probabilities' if probabilities else 'labels'}{' weighted' if weighted else ''}"
             call = partial(cross_entropy.cross_entropy_forward, x, target, *arguments, probabilities and weighted)
-            yield kind, call
+            yield label, call
         one = (x[: max(1, block_m // max(1, math.prod(shape[1:])))], labels[:1], None, -100, "mean", 0.0, True)
         yield name, partial(cross_entropy.cross_entropy_forward, *one)
         yield name, partial(cross_entropy.scale_gradient, dloss, x, labels, None, -100, x)

@@ -21,15 +21,6 @@ from . import derivatives
 from .registry import define, eager, kernels, needs_graph, recorded
 
 
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums over elements of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _is_deferred(grad: Tensor, reduction: str) -> bool:
-    return reduction == "mean" and grad.dtype == torch.float16
-
-
 def check_range(labels: Tensor, classes: int, ignore_index: int) -> None:
     """Raise PyTorch's IndexError for a label out of range: always on a CPU, else inside `check_labels()` (a sync)."""
     if labels.is_cpu or dispatch.checks_labels():
@@ -55,7 +46,7 @@ def _fake(
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     loss = x.new_empty(labels.shape if reduction == "none" else ())
-    total = x.new_empty(() if reduction == "mean" else (0,), dtype=sum_dtype(x.dtype))
+    total = x.new_empty(() if reduction == "mean" else (0,), dtype=kernels("cross_entropy").sum_dtype(x.dtype))
     return loss, x.new_empty(x.shape if needs_grad else (0,)), total
 
 
@@ -145,7 +136,7 @@ class CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor | None, v: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         grad, labels, weight, total = ctx.saved_tensors
         total = total.detach()
-        deferred, dx = _is_deferred(grad, ctx.reduction), None
+        deferred, dx = kernels("cross_entropy").is_deferred(grad.dtype, ctx.reduction), None
         if v is not None:  # before `grad` may be scaled
             # no rows that count weigh 0, and are masked below
             s = 1 / total.masked_fill(total == 0, 1) if ctx.reduction == "mean" and not deferred else 1.0
@@ -188,7 +179,7 @@ class SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None, v: Tensor | None, u: Tensor | None) -> tuple[Tensor | None, ...]:
         grad, log_p, q, weight = ctx.saved_tensors
-        deferred, dx, dq = _is_deferred(grad, ctx.reduction), None, None
+        deferred, dx, dq = kernels("cross_entropy").is_deferred(grad.dtype, ctx.reduction), None, None
         s = 1.0 if deferred else ctx.row_scale
         if ctx.has_log_p and ctx.needs_input_grad[1]:
             dq = derivatives.target_gradient(ctx, dloss, v, log_p, weight, s)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cross_entropy import check_range, cross_entropy, nobody_looks, scale, sum_dtype
+from .cross_entropy import check_range, cross_entropy, nobody_looks, scale
 from .registry import define, kernels, needs_graph, recorded
 
 CHUNK_BYTES = 2**28
@@ -52,7 +52,7 @@ def _accumulate(dw: Tensor, grad: Tensor, x: Tensor) -> None:
 
 def _new_gradients(x: Tensor, w: Tensor, needs: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
     """dx, and dw and db to accumulate in; what is not needed has no elements."""
-    sums, (needs_dx, needs_dw, needs_db) = sum_dtype(x.dtype), needs
+    sums, (needs_dx, needs_dw, needs_db) = kernels("cross_entropy").sum_dtype(x.dtype), needs
     dx = x.new_empty(x.shape if needs_dx else (0,))
     dw = w.new_zeros(w.shape if needs_dw else (0,), dtype=sums)
     return dx, dw, w.new_zeros(w.shape[0] if needs_db else 0, dtype=sums)
@@ -81,7 +81,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     check_range(labels, w.shape[0], ignore_index)
     needs, module = (needs_dx, needs_dw, needs_db), kernels("cross_entropy")
-    grads, losses = _new_gradients(x, w, needs), x.new_empty(x.shape[0], dtype=sum_dtype(x.dtype))
+    grads, losses = _new_gradients(x, w, needs), x.new_empty(x.shape[0], dtype=module.sum_dtype(x.dtype))
     for rows, logits in _chunks(x, w, b, chunk_rows):
         arguments = (logits, labels[rows], weight, ignore_index, "none", label_smoothing, any(needs))
         module.cross_entropy_forward(*arguments, out=(losses[rows], logits))
@@ -99,7 +99,10 @@ def _fake(
     x: Tensor, w: Tensor, b: Tensor | None, labels: Tensor, weight: Tensor | None, ignore_index: int, reduction: str,
     label_smoothing: float, chunk_rows: int, *needs: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    shape, dtype = (labels.shape, (0,)) if reduction == "none" else ((), ()), sum_dtype(x.dtype)
+    shape, dtype = (
+        (labels.shape, (0,)) if reduction == "none" else ((), ()),
+        kernels("cross_entropy").sum_dtype(x.dtype),
+    )
     grads = _new_gradients(x, w, (needs[0], needs[1], needs[2]))
     return x.new_empty(shape[0], dtype=dtype), *grads, x.new_empty(shape[1], dtype=dtype)
 
@@ -109,7 +112,7 @@ def _rows_backward(
     label_smoothing: float, chunk_rows: int, needs_dx: bool, needs_dw: bool, needs_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     needs, module = (needs_dx, needs_dw, needs_db), kernels("cross_entropy")
-    grads, losses = _new_gradients(x, w, needs), x.new_empty(x.shape[0], dtype=sum_dtype(x.dtype))
+    grads, losses = _new_gradients(x, w, needs), x.new_empty(x.shape[0], dtype=module.sum_dtype(x.dtype))
     for rows, logits in _chunks(x, w, b, chunk_rows):
         arguments = (logits, labels[rows], weight, ignore_index, "none", label_smoothing, True)
         module.cross_entropy_forward(*arguments, out=(losses[rows], logits))

@@ -55,7 +55,7 @@ LONG_CONFIGS = {"float": LaunchConfig(1, 4096, num_warps=8), "double": LaunchCon
 APART_CONFIGS = {"float": LaunchConfig(16, 32, num_warps=4), "double": LaunchConfig(16, 16, num_warps=4)}
 """The same where the classes of a row lie apart and its neighbours side by side, as in [B, C, D]. Unmeasured."""
 
-COUNT_CONFIG = SUM_CONFIG = LaunchConfig(1024, 1, num_warps=4)
+COUNT_CONFIG = SUM_CONFIG = LaunchConfig(1024, 1, num_warps=8)
 SCALE_CONFIG = LaunchConfig(2048, 1, num_warps=4)
 """Elements of a program or a trip. Unmeasured, as all of them."""
 

@@ -6,7 +6,8 @@ Importing this asks no driver anything and needs neither a GPU nor Triton; the k
 """
 
 from . import functional
-from .dispatch import Decision, FallbackError, check_labels, explain, strict
+from .dispatch import Decision, FallbackError, check_labels, explain, strict, warmup
+from .fuse import Fusion, fuse, fusions, unfuse
 from .modules import CrossEntropyLoss, Linear, LinearCrossEntropyLoss, LinearReLU, SimpleNN
 
 __version__ = "0.1.0"
@@ -15,6 +16,7 @@ __all__ = [
     "CrossEntropyLoss",
     "Decision",
     "FallbackError",
+    "Fusion",
     "Linear",
     "LinearCrossEntropyLoss",
     "LinearReLU",
@@ -22,5 +24,9 @@ __all__ = [
     "check_labels",
     "explain",
     "functional",
+    "fuse",
+    "fusions",
     "strict",
+    "unfuse",
+    "warmup",
 ]

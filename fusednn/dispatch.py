@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 # Read once, as Triton reads it when a kernel is decorated: the two must not disagree later.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
@@ -58,7 +59,13 @@ def serves(operation: str, x: torch.Tensor) -> bool:
     if _watch.active:
         _tell(operation, x)
     on_device = INTERPRETED if x.is_cpu else x.is_cuda or x.is_xpu
-    return on_device and HAS_TRITON and x.dtype in DTYPES and x.layout is torch.strided
+    return on_device and HAS_TRITON and x.dtype in DTYPES and x.layout is torch.strided and not _is_distributed(x)
+
+
+def _is_distributed(x: torch.Tensor) -> bool:
+    """Whether `x` is a DTensor, parts on several devices: PyTorch knows how to multiply such, our operators do not."""
+    kind = type(x)
+    return not (kind is torch.Tensor or kind is torch.nn.Parameter) and kind.__module__ == "torch.distributed.tensor"
 
 
 def _reason_against(x: torch.Tensor) -> str | None:
@@ -73,6 +80,8 @@ def _reason_against(x: torch.Tensor) -> str | None:
         return f"no kernel for {x.dtype}"
     if x.layout != torch.strided:
         return f"no kernel for the layout {x.layout}"
+    if _is_distributed(x):
+        return "a DTensor, whose parts lie on several devices"
     return None
 
 
@@ -97,7 +106,7 @@ def note(decision: Decision) -> None:
 
 def overrule(operation: str, reason: str) -> None:
     """Report that PyTorch serves `operation` after all: :func:`serves` saw the tensor alone, not every argument."""
-    if _watch.decisions:
+    if _watch.decisions and _watch.decisions[-1].operation == operation:
         _watch.decisions.pop()
     note(Decision(operation, "PyTorch", reason))
 
@@ -116,6 +125,41 @@ def explain(fn: Callable[..., Any], *inputs: Any, **kwargs: Any) -> tuple[Decisi
     finally:
         _watch.decisions = outer
         _watch.active = outer is not None or _watch.strict > 0
+
+
+def warmup(model: Callable[..., Any], *batch: Any) -> None:
+    """Compile ahead what training and inference of `model` on `batch` launch, by running both once.
+
+    `model` is a module, or a function such as ``lambda x, t: criterion(model(x), t)``; batches of other sizes need more
+    only if they belong to another row of the configuration tables. Gradients, buffers and the states of the random
+    number generators are left as they were; hooks do run.
+    """
+    buffers = list(model.buffers()) if isinstance(model, torch.nn.Module) else []
+    kept = [buffer.detach().clone() for buffer in buffers]
+    cards = {x.get_device() for x in (*batch, *buffers) if isinstance(x, torch.Tensor) and x.is_cuda}
+    with torch.random.fork_rng(devices=cards), torch.enable_grad():
+        outputs = [y for y in tree_leaves(model(*batch)) if isinstance(y, torch.Tensor) and y.requires_grad]
+        leaves = _leaves(outputs)
+        if leaves:
+            torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs], allow_unused=True)
+        with torch.no_grad():
+            model(*batch)
+            for buffer, value in zip(buffers, kept, strict=True):
+                buffer.copy_(value)
+
+
+def _leaves(outputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors whose .grad a backward of `outputs` would add to."""
+    nodes = {node for y in outputs if (node := y.grad_fn)}
+    waiting, leaves = list(nodes), [y for y in outputs if y.is_leaf]
+    while waiting:
+        node = waiting.pop()
+        if hasattr(node, "variable"):  # an AccumulateGrad
+            leaves.append(node.variable)
+        fresh = {inner for inner, _ in node.next_functions if inner} - nodes
+        nodes |= fresh
+        waiting += fresh
+    return leaves
 
 
 @contextmanager

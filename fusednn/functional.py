@@ -1,5 +1,6 @@
 """The operations with the signatures of torch.nn.functional.
 
+Tensor-likes that override PyTorch's functions (`__torch_function__`: torch.fx, subclasses) override these as well.
 What Triton serves (see :mod:`fusednn.dispatch`) is flattened to matrices and handed to :mod:`fusednn.ops`. Everything
 else goes to PyTorch's own function as it came: a plain CPU tensor, which so costs what PyTorch costs, and arguments
 that no kernel takes, which PyTorch then serves (and `explain` says so) or refuses with its own exception.
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction as legacy
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import dispatch, ops, reference
 
@@ -25,6 +27,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     `torch.backends.cuda.matmul.fp32_precision` allows TF32. Under autocast the operands are cast as PyTorch casts them.
     Saves input and weight for backward. Wrong shapes, dtypes and devices raise what torch.nn.functional.linear raises.
     """
+    if has_torch_function_variadic(input, weight, bias):
+        return handle_torch_function(linear, (input, weight, bias), input, weight, bias)
     if not (isinstance(input, Tensor) and dispatch.serves("linear", input)):
         return _pytorch(reference.linear, input, weight, bias)
     return _linear(input, weight, bias, False)
@@ -36,6 +40,8 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     Saves input, weight and the output for backward, no pre-activation: the gradient passes where not (output <= 0), so
     it is zero at zero and passes a NaN, as in torch.relu.
     """
+    if has_torch_function_variadic(input, weight, bias):
+        return handle_torch_function(linear_relu, (input, weight, bias), input, weight, bias)
     if not (isinstance(input, Tensor) and dispatch.serves("linear_relu", input)):
         return _pytorch(reference.linear_relu, input, weight, bias)
     return _linear(input, weight, bias, True)
@@ -43,14 +49,19 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
 def _pytorch(operation: Callable[..., Tensor], x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     """`operation` of PyTorch, which refuses what is wrong with the arguments, but reads past a meta tensor's end."""
-    if getattr(w, "is_meta", False) or getattr(b, "is_meta", False):
-        for name, tensor in (("weight", w), ("bias", b)):
+    _refuse_meta(x, weight=w, bias=b)
+    return operation(x, w, b)
+
+
+def _refuse_meta(x: Tensor, **operands: Tensor | None) -> None:
+    """Raise RuntimeError where one of `operands` is a meta tensor and one not on the device of `x`."""
+    if any(getattr(tensor, "is_meta", False) for tensor in operands.values()):
+        for name, tensor in operands.items():
             if isinstance(tensor, Tensor) and tensor.device != x.device:
                 raise RuntimeError(
                     "Expected all tensors to be on the same device, "
                     f"but input is on {x.device} and {name} is on {tensor.device}"
                 )
-    return operation(x, w, b)
 
 
 def _linear(x: Tensor, w: Tensor, b: Tensor | None, relu: bool) -> Tensor:
@@ -112,6 +123,11 @@ def cross_entropy(
     Raises what PyTorch raises for wrong arguments; a label out of range raises IndexError on a CPU and makes its row's
     loss and gradient NaN on a GPU (see :func:`fusednn.check_labels`).
     """
+    if has_torch_function_variadic(input, target, weight):
+        return handle_torch_function(
+            cross_entropy, (input, target, weight), input, target, weight=weight, size_average=size_average,
+            ignore_index=ignore_index, reduce=reduce, reduction=reduction, label_smoothing=label_smoothing,
+        )  # fmt: skip
     if size_average is not None or reduce is not None:
         reduction = legacy.legacy_get_string(size_average, reduce)
     serves = isinstance(input, Tensor) and dispatch.serves("cross_entropy", input)
@@ -227,6 +243,15 @@ def linear_cross_entropy(
 
     Raises what PyTorch raises for wrong arguments, TypeError or ValueError for a chunk_rows that is no int or below 1.
     """
+    tensors = (input, linear_weight, target, linear_bias, weight)
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(
+            linear_cross_entropy, tensors, input, linear_weight, target, linear_bias=linear_bias, weight=weight,
+            reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing, options=options,
+            chunk_rows=chunk_rows,
+        )  # fmt: skip
+    if isinstance(input, Tensor):
+        _refuse_meta(input, linear_weight=linear_weight, linear_bias=linear_bias)
     if chunk_rows is None:
         chunk_rows = getattr(options, "batch_chunk_size", None)
     if not (chunk_rows is None or type(chunk_rows) is int):

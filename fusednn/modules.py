@@ -1,6 +1,7 @@
 """The modules: drop-in for nn.Linear, nn.Linear with a ReLU, nn.CrossEntropyLoss, and the textbook SimpleNN."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -132,13 +133,24 @@ class SimpleNN(nn.Module):
 
 
 def _fusible(fc: nn.Module, relu: nn.Module) -> bool:
-    """Whether fc(x, relu=True) does all that relu(fc(x)) does: hooks of either module, or of all, would tell."""
-    if type(relu) is not nn.ReLU or type(fc).forward is not Linear.forward:
+    """Whether fc(x, relu=True) does all that relu(fc(x)) does."""
+    return type(relu) is nn.ReLU and type(fc).forward is Linear.forward and unobserved(fc, relu)
+
+
+def unobserved(fc: nn.Module, relu: nn.Module) -> bool:
+    """Whether no hook, of either module or of all, and no replaced forward tells relu(fc(x)) from the two in one."""
+    with_kwargs = fc._forward_pre_hooks_with_kwargs  # such a hook would see, and could drop, the argument that fuses
+    if with_kwargs and _tell(fc._forward_pre_hooks[key] for key in with_kwargs):
         return False
-    if fc._forward_pre_hooks_with_kwargs:  # it would see, and could drop, the argument that fuses
+    if fc._forward_hooks and _tell(fc._forward_hooks.values()):
         return False
-    if fc._forward_hooks or relu._forward_hooks or relu._forward_pre_hooks or _has_any_global_hook():
+    if relu._forward_hooks or relu._forward_pre_hooks or _has_any_global_hook():
         return False
     if fc._backward_hooks or relu._backward_hooks or fc._backward_pre_hooks or relu._backward_pre_hooks:
         return False
     return "forward" not in fc.__dict__ and "forward" not in relu.__dict__
+
+
+def _tell(hooks: Iterable[Any]) -> bool:
+    """Whether one of `hooks` could tell. FSDP2's cannot: they gather parameters, cast, and pass on the rest."""
+    return any(not str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp.") for hook in hooks)

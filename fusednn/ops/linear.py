@@ -7,6 +7,9 @@ With m the ReLU's mask, all ones without it, g = m ∘ dy:
     weight_grad   dW = gᵀ x, db = Σ g      d(dy, x)   = m ∘ (x ddWᵀ + ddb),      input_grad(dy, y, ddW)
 
 so derivatives of every order run on the same three kernels. The mask is read off y and has no derivative.
+
+Under vmap the batch is folded into the rows of one launch, as long as W and b are shared. Where each element of the
+batch has a weight of its own, or wants the gradient of one, PyTorch's batched product serves, and `explain` says so.
 """
 
 from collections.abc import Callable
@@ -15,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dispatch import overrule
 from .registry import define, kernels, needs_graph, recorded
 
 
@@ -27,16 +31,19 @@ _linear: Callable[..., Tensor] = define(
     "linear(Tensor x, Tensor w, Tensor? b, bool relu) -> Tensor",
     lambda x, w, b, relu: kernels("linear").linear_forward(x, w, b, relu),
     lambda x, w, b, relu: x.new_empty((x.shape[0], w.shape[0])),
+    lambda x, w, b, relu, **_: 2 * x.shape[0] * w.numel(),
 )
 _linear_input_grad: Callable[..., Tensor] = define(
     "linear_input_grad(Tensor dy, Tensor? y, Tensor w) -> Tensor",
     lambda dy, y, w: kernels("linear").linear_input_grad(dy, y, w),
     lambda dy, y, w: dy.new_empty((dy.shape[0], w.shape[1])),
+    lambda dy, y, w, **_: 2 * dy.shape[0] * w.numel(),
 )
 _linear_weight_grad: Callable[..., tuple[Tensor, Tensor]] = define(
     "linear_weight_grad(Tensor dy, Tensor? y, Tensor x, bool needs_dw, bool needs_db) -> (Tensor, Tensor)",
     lambda dy, y, x, needs_dw, needs_db: kernels("linear").linear_weight_grad(dy, y, x, needs_dw, needs_db),
     _weight_grad_fake,
+    lambda dy, y, x, needs_dw, needs_db, **_: 2 * dy.numel() * x.shape[1] * needs_dw,
 )
 
 
@@ -62,10 +69,40 @@ def _mask(gradient: Tensor, y: Tensor | None) -> Tensor:
     return gradient if y is None else torch.where(y <= 0, 0, gradient)
 
 
+def _front(tensor: Tensor, dim: int | None) -> Tensor:
+    """`tensor` with vmap's dimension in front, of size 1 where it has none."""
+    return tensor.unsqueeze(0) if dim is None else tensor.movedim(dim, 0)
+
+
+def _fold(tensor: Tensor, dim: int | None, batch: int) -> Tensor:
+    """The matrices [B, M, K] of vmap's batch as one [B · M, K]."""
+    return _front(tensor, dim).expand(batch, -1, -1).flatten(0, 1)
+
+
+def _unfold(rows: Tensor, batch: int) -> Tensor:
+    """[B · M, N] as [B, M, N]. vmap refuses an empty batch."""
+    return rows.view(batch, rows.shape[0] // batch, rows.shape[1])
+
+
+def _batched_product(operation: str, a: Tensor, b: Tensor) -> Tensor:
+    """a b of [B, ...] matrices, by PyTorch."""
+    overrule(operation, "vmap gives each product a matrix of its own: a batched one")
+    product: Tensor = torch.matmul(a, b)
+    return product
+
+
 class Linear(torch.autograd.Function):
     """y = act(x Wᵀ + b). Saves x and W as the gradients asked for need them, and y behind a ReLU."""
 
-    generate_vmap_rule = True
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, w: Tensor, b: Tensor | None, relu: bool) -> tuple[Tensor, int]:
+        x_dim, w_dim, b_dim, _ = in_dims
+        if w_dim is None and b_dim is None:
+            return _unfold(linear(_fold(x, x_dim, info.batch_size), w, b, relu), info.batch_size), 0
+        y = _batched_product("linear_relu" if relu else "linear", _front(x, x_dim), _front(w, w_dim).mT)
+        if b is not None:
+            y = y + (b if b_dim is None else b.movedim(b_dim, 0).unsqueeze(1))
+        return torch.relu(y) if relu else y, 0
 
     @staticmethod
     def forward(x: Tensor, w: Tensor, b: Tensor | None, relu: bool) -> Tensor:
@@ -91,7 +128,14 @@ class Linear(torch.autograd.Function):
 class InputGrad(torch.autograd.Function):
     """dx = (m ∘ dy) W."""
 
-    generate_vmap_rule = True
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, dy: Tensor, y: Tensor | None, w: Tensor) -> tuple[Tensor, int]:
+        dy_dim, y_dim, w_dim = in_dims
+        if w_dim is None:
+            rows = None if y is None else _fold(y, y_dim, info.batch_size)
+            return _unfold(input_grad(_fold(dy, dy_dim, info.batch_size), rows, w), info.batch_size), 0
+        g = _mask(_front(dy, dy_dim), None if y is None else _front(y, y_dim))
+        return _batched_product("linear_input_grad", g, _front(w, w_dim)), 0
 
     @staticmethod
     def forward(dy: Tensor, y: Tensor | None, w: Tensor) -> Tensor:
@@ -113,7 +157,15 @@ class InputGrad(torch.autograd.Function):
 class WeightGrad(torch.autograd.Function):
     """dW = (m ∘ dy)ᵀ x and db = Σ_m (m ∘ dy)."""
 
-    generate_vmap_rule = True
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Any, dy: Tensor, y: Tensor | None, x: Tensor, needs_dw: bool, needs_db: bool
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        dy_dim, y_dim, x_dim, *_ = in_dims
+        g = _mask(_front(dy, dy_dim), None if y is None else _front(y, y_dim)).expand(info.batch_size, -1, -1)
+        nothing = g.new_empty(info.batch_size, 0)
+        dw = _batched_product("linear_weight_grad", g.mT, _front(x, x_dim)) if needs_dw else nothing
+        return (dw, g.sum(1) if needs_db else nothing), (0, 0)
 
     @staticmethod
     def forward(dy: Tensor, y: Tensor | None, x: Tensor, needs_dw: bool, needs_db: bool) -> tuple[Tensor, Tensor]:

@@ -126,6 +126,13 @@ def _rows_fake(dloss: Tensor, x: Tensor, w: Tensor, *arguments: Any) -> tuple[Te
     return dx, dw.to(w.dtype), db.to(w.dtype)
 
 
+def _flops(x: Tensor, w: Tensor, *rest: Any, **_: Any) -> int:
+    """The logits, and each gradient that is a product."""
+    needs_dx, needs_dw = rest[-3:-1]
+    products: int = 1 + needs_dx + needs_dw
+    return products * 2 * x.shape[0] * w.numel()
+
+
 ARGUMENTS = "Tensor x, Tensor w, Tensor? b, Tensor labels, Tensor? weight, int ignore_index"
 NEEDS = "float label_smoothing, SymInt chunk_rows, bool needs_dx, bool needs_dw, bool needs_db"
 
@@ -133,11 +140,13 @@ _linear_cross_entropy: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tenso
     f"linear_cross_entropy({ARGUMENTS}, str reduction, {NEEDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake,
+    _flops,
 )
 _linear_cross_entropy_rows_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = define(
     f"linear_cross_entropy_rows_backward(Tensor dloss, {ARGUMENTS}, {NEEDS}) -> (Tensor, Tensor, Tensor)",
     _rows_backward,
     _rows_fake,
+    lambda dloss, *arguments, **_: _flops(*arguments),
 )
 
 

@@ -5,6 +5,7 @@ and differentiated by a `torch.autograd.Function` outside it: `register_autograd
 """
 
 import importlib
+import sys
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
@@ -12,8 +13,10 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _library = torch.library.Library("fusednn", "DEF")
+_flops: dict[Any, Callable[..., int]] = {}
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
@@ -28,21 +31,39 @@ def kernels(name: str) -> ModuleType:
     return importlib.import_module(f"fusednn.kernels.{name}")
 
 
-def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def define(
+    schema: str, implementation: Callable[..., Any], fake: Callable[..., Any], flops: Callable[..., int] | None = None
+) -> Callable[..., Any]:
     """Register the operator ``fusednn::schema`` and return what calls it.
 
-    `implementation` runs on real tensors of any device, `fake` gives the shapes, strides and dtypes of its results. In
-    eager mode the implementation is called directly: PyTorch's dispatcher costs 3 us a call there and adds nothing.
+    `implementation` runs on real tensors of any device, `fake` gives the shapes, strides and dtypes of its results and
+    `flops` what `torch.utils.flop_counter` is told of a call. In eager mode the implementation is called directly:
+    PyTorch's dispatcher costs 3 us a call there and adds nothing.
     """
     name = _library.define(schema)
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fusednn::{name}", fake, lib=_library)
-    operator = getattr(torch.ops.fusednn, name).default
+    packet = getattr(torch.ops.fusednn, name)
+    operator = packet.default
+    if flops is not None:
+        _flops[packet] = flops
 
     def call(*arguments: Any) -> Any:
-        return (implementation if eager(*arguments) else operator)(*arguments)
+        if eager(*arguments):
+            return implementation(*arguments)
+        if "torch.utils.flop_counter" in sys.modules:
+            _count_flops(sys.modules["torch.utils.flop_counter"])
+        return operator(*arguments)
 
     return call
+
+
+def _count_flops(flop_counter: ModuleType) -> None:
+    """Tell PyTorch's counter of our operators. Whoever counts imports it: it imports Triton, which we put off."""
+    flop_counter.flop_registry.update(_flops)
+    for mode in _get_current_dispatch_mode_stack():
+        if hasattr(mode, "counter") and isinstance(mode.counter, flop_counter.FlopCounterMode):
+            mode.counter.flop_registry = _flops | mode.counter.flop_registry  # its copy, made before
 
 
 def eager(*arguments: Any) -> bool:

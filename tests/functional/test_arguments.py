@@ -96,6 +96,11 @@ def test_devices_differ(operand: str) -> None:
     for operation in (functional.linear, functional.linear_relu):
         with pytest.raises(RuntimeError, match=f"same device.*input is on cpu.*{operand} is on meta"):
             operation(**arguments)
+    target = torch.tensor([0, 1, 2, 3])
+    arguments = {f"linear_{name}": arguments[name] for name in ("weight", "bias")} | {"input": arguments["input"]}
+    for labels in (target, torch.rand(4, 5)):
+        with pytest.raises(RuntimeError, match=f"same device.*input is on cpu.*linear_{operand} is on meta"):
+            functional.linear_cross_entropy(target=labels, **arguments)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

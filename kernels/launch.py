@@ -3,12 +3,17 @@
 `LaunchConfig` says how one launch is tiled; each kernel file keeps a table of them beside its kernels, with
 the measurement that chose a row, or the word unmeasured. Every launcher launches through :func:`launch`, so what
 it would compile can be recorded there: `bench/builds.py` does, to count registers and spills without a GPU.
+
+`kernel[grid](...)` binds, specialises and builds a key in Python, which takes longer than the launch. So the compiled
+kernels are kept with their plan, and run as Triton runs them, wherever that is all that Triton would do.
 """
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from triton.compiler import CompiledKernel
+from triton.runtime import jit
 
 from .numerics import INTERPRETED
 
@@ -32,10 +37,14 @@ class LaunchConfig:
 
 
 class Launch(NamedTuple):
-    """What a launcher has decided about one launch: the grid and the keyword arguments of the kernel."""
+    """What a launcher has decided about one launch: the grid and the keyword arguments of the kernel.
+
+    `kept` has what was compiled for it, by kernel, device and specialisation, and the compile-time arguments with it.
+    """
 
     grid: tuple[int]
     options: dict[str, Any]
+    kept: dict[Any, tuple[CompiledKernel, tuple[Any, ...]]]
 
 
 def plan(programs: int, config: LaunchConfig, **constexprs: Any) -> Launch:
@@ -43,7 +52,37 @@ def plan(programs: int, config: LaunchConfig, **constexprs: Any) -> Launch:
     if programs >= 2**31:
         raise ValueError(f"{programs} programs do not fit a launch grid of at most {2**31 - 1}")
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
-    return Launch((programs,), constexprs | options)
+    return Launch((programs,), constexprs | options, {})
+
+
+RUN, RUNTIME, COMPILATION = jit.JITFunction.run, jit.knobs.runtime, jit.knobs.compilation
+
+NAMES = """
+_do_compile _pack_args active callable compilation compute_cache_key debug device_caches driver function get
+get_current_device get_current_stream instrumentation_mode items knobs launch_enter_hook launch_exit_hook
+launch_metadata len object packed_metadata pre_run_hooks run runtime RuntimeError used_global_vals values
+"""
+SOME_NAMES = "add_stages_inspection_hook append fpsan_homomorphic_casts hasattr result"
+"""What `JITFunction.run` names in Triton 3.6 to 3.9, and in some of them. One that names more may have a longer key."""
+
+DIRECT = (
+    not INTERPRETED
+    and hasattr(jit, "native_specialize_impl")
+    and {*getattr(RUN, "__code__", plan.__code__).co_names} - {*SOME_NAMES.split()} == {*NAMES.split()}
+)
+"""Whether this Triton launches as those do, and compiled kernels are kept. `kernel[grid](...)` is right for any."""
+
+
+def is_plain(kernel: Any) -> bool:
+    """Whether Triton would just run a compiled kernel: no hook, profiler or option for debugging is in its way."""
+    return getattr(type(kernel), "run", None) is RUN and not (
+        getattr(RUNTIME.launch_enter_hook, "calls", RUNTIME.launch_enter_hook)
+        or getattr(RUNTIME.launch_exit_hook, "calls", RUNTIME.launch_exit_hook)
+        or RUNTIME.add_stages_inspection_hook
+        or RUNTIME.debug
+        or COMPILATION.instrumentation_mode
+        or kernel.pre_run_hooks
+    )
 
 
 def launch(kernel: Any, plan: Launch, *arguments: Any) -> None:
@@ -55,11 +94,30 @@ def launch(kernel: Any, plan: Launch, *arguments: Any) -> None:
     if tensor.is_cpu:
         if not INTERPRETED:
             raise RuntimeError("the Triton kernels take CPU tensors only under TRITON_INTERPRET=1")
-    elif tensor.get_device() != torch.accelerator.current_device_index():
-        with torch.accelerator.device_index(tensor.get_device()):
-            kernel[plan.grid](*arguments, **plan.options)
+        kernel[plan.grid](*arguments, **plan.options)
         return
-    kernel[plan.grid](*arguments, **plan.options)
+    device = tensor.get_device()
+    if device != torch.accelerator.current_device_index():
+        with torch.accelerator.device_index(device):
+            launch(kernel, plan, *arguments)
+        return
+    if not (DIRECT and is_plain(kernel)):
+        kernel[plan.grid](*arguments, **plan.options)
+        return
+    # Triton's own rule, for tuples too; where a kernel says do_not_specialize, it tells apart more than Triton would
+    types = jit.native_specialize_impl(kernel.device_caches[device][3], arguments, False, True, True)
+    key = (id(kernel), device, types)
+    kept = plan.kept.get(key)
+    if kept is None:
+        compiled = kernel[plan.grid](*arguments, **plan.options)
+        if isinstance(compiled, CompiledKernel):  # not None, nor one that is still being compiled
+            constants = tuple(plan.options[parameter.name] for parameter in kernel.params[len(arguments) :])
+            plan.kept[key] = compiled, constants
+        return
+    compiled, constants = kept
+    stream = jit.driver.active.get_current_stream(device)
+    state = (stream, compiled.function, compiled.packed_metadata, None, None, None)  # None: for hooks, and no hooks
+    compiled.run(plan.grid[0], 1, 1, *state, *arguments, *constants)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -17,6 +17,7 @@ extras = {
         "expecttest>=0.2",
         "hypothesis>=6",
         "numpy>=1.26",
+        'triton-viz>=3.0; platform_system == "Linux"',
     ],
     # the implementations that the benchmarks compare with
     "peers": ["liger-kernel>=0.8"],

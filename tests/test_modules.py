@@ -5,11 +5,13 @@ import importlib
 import inspect
 import io
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from fusednn import (
     CrossEntropyLoss,
@@ -20,6 +22,7 @@ from fusednn import (
     explain,
     functional,
     reference,
+    strict,
 )
 
 
@@ -29,6 +32,16 @@ def pair(device: str, *sizes: int) -> tuple[SimpleNN, reference.SimpleNN]:
     ours = SimpleNN(*sizes).to(device)
     torch.manual_seed(3)
     return ours, reference.SimpleNN(*sizes).to(device)
+
+
+def step(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Output, gradient of x and gradients of the parameters, all of it by the kernels if `model` is ours, and fused."""
+    x = x.detach().requires_grad_()
+    model.zero_grad()
+    with strict():
+        y = model(x)
+    y.pow(2).sum().backward()
+    return y, x.grad, {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 def test_same_weights_from_the_same_seed(device: str) -> None:
@@ -164,12 +177,54 @@ def test_a_patched_forward_takes_effect(device: str) -> None:
     torch.testing.assert_close(model(x), right)
 
 
-def test_weight_norm_stays_fused(device: str) -> None:
+class Tripled(nn.Module):
+    def forward(self, value: Tensor) -> Tensor:
+        return value * 3
+
+
+REPARAMETRIZATIONS: dict[str, Callable[[nn.Module], Any]] = {
+    "weight_norm": parametrizations.weight_norm,
+    "weight_norm by hooks": nn.utils.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "spectral_norm by hooks": nn.utils.spectral_norm,
+    "a weight of one's own": lambda fc: parametrize.register_parametrization(fc, "weight", Tripled()),
+    "a bias of one's own": lambda fc: parametrize.register_parametrization(fc, "bias", Tripled()),
+    "pruned weights": lambda fc: prune.l1_unstructured(fc, "weight", 0.3),
+    "pruned rows": lambda fc: prune.ln_structured(fc, "weight", 0.5, n=2, dim=0),
+    "pruned biases": lambda fc: prune.l1_unstructured(fc, "bias", 0.5),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", REPARAMETRIZATIONS)
+def test_reparametrized_layers_stay_fused(name: str, device: str) -> None:
+    """A class made at run time, or a pre-hook that sets the weight: neither sees the ReLU."""
+    x, results = torch.randn(5, 6, device=device), []
+    for model, original in zip(pair(device, 6, 8, 4), pair(device, 6, 8, 4), strict=True):
+        for layer in (model.fc1, model.fc2):
+            torch.manual_seed(0)  # spectral_norm starts from a random vector
+            REPARAMETRIZATIONS[name](layer)
+        assert not torch.allclose(model(x), original(x)) or "weight_norm" in name
+        results.append([step(model, x) for _ in range(2)])
+    assert len(results[0][0][2]) >= 4
+    torch.testing.assert_close(*results)
+
+
+def test_parametrizations_and_pruning_end(device: str) -> None:
+    """With the values they had, and the parameters' own names."""
     ours, plain = pair(device, 6, 8, 4)
-    for model in (ours, plain):
-        nn.utils.parametrizations.weight_norm(model.fc1)
     x = torch.randn(5, 6, device=device)
-    torch.testing.assert_close(ours(x), plain(x))
+    for model in (ours, plain):
+        parametrize.register_parametrization(model.fc1, "weight", Tripled())
+        prune.l1_unstructured(model.fc2, "weight", 0.3)
+        with parametrize.cached():
+            cached = step(model, x)[0]
+        parametrize.remove_parametrizations(model.fc1, "weight")
+        prune.remove(model.fc2, "weight")
+        torch.testing.assert_close(model(x), cached)
+    assert type(ours.fc1) is Linear
+    assert ours.state_dict().keys() == plain.state_dict().keys()
+    torch.testing.assert_close(step(ours, x), step(plain, x))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -182,16 +237,110 @@ def test_linear_relu_module(bias: bool, device: str) -> None:
     assert isinstance(module, nn.Linear)
 
 
-def test_copies(device: str) -> None:
-    model, x = SimpleNN(6, 8, 4, bias=False, device=device), torch.randn(5, 6, device=device)
+def saved(value: Any, weights_only: bool) -> Any:
+    """What torch.load reads of what torch.save writes."""
     buffer = io.BytesIO()
-    torch.save(model, buffer)
+    torch.save(value, buffer)
     buffer.seek(0)
-    loaded = torch.load(buffer, weights_only=False)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded):  # noqa: S301
-        torch.testing.assert_close(other(x), model(x))
-    assert model.half()(x.half()).dtype == torch.float16
-    assert SimpleNN(6, 8, 4, device="meta", dtype=torch.bfloat16)(torch.empty(5, 6, device="meta").bfloat16()).is_meta
+    return torch.load(buffer, weights_only=weights_only)
+
+
+MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
+    "SimpleNN": (lambda: SimpleNN(6, 8, 4), ()),
+    "SimpleNN, no bias": (lambda: SimpleNN(6, 8, 4, bias=False), ()),
+    "LinearReLU": (lambda: LinearReLU(6, 4), ()),
+    "CrossEntropyLoss": (lambda: CrossEntropyLoss(torch.rand(6), ignore_index=1), (torch.arange(5),)),
+    "LinearCrossEntropyLoss": (
+        lambda: LinearCrossEntropyLoss(6, 5, weight=torch.rand(5), chunk_rows=2),
+        (torch.arange(5),),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_copies(name: str, device: str) -> None:
+    """Each computes what the original does, and shares nothing with it."""
+    make, targets = MODULES[name]
+    model, x = make().to(device), torch.randn(5, 6, device=device)
+    targets = tuple(target.to(device) for target in targets)
+
+    def of(module: nn.Module) -> Any:
+        wrapped = nn.Module()
+        wrapped.module, wrapped.forward = module, lambda x: module(x, *targets)
+        return step(wrapped, x)
+
+    right = of(model)
+    other = make().to(device)
+    other.load_state_dict(saved(model.state_dict(), weights_only=True))
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), saved(model, weights_only=False), other]  # noqa: S301
+    for copied in copies:
+        assert type(copied) is type(model)
+        torch.testing.assert_close(of(copied), right, rtol=0, atol=0)
+        with torch.no_grad():
+            for value in copied.state_dict().values():
+                value.zero_()
+    torch.testing.assert_close(of(model), right, rtol=0, atol=0)
+
+
+def test_a_module_moves_between_dtypes(device: str) -> None:
+    """The same one, its launches of the last dtype remembered; PyTorch's moves along."""
+    ours, plain = pair("cpu", 6, 8, 4)
+    x = torch.randn(2, 5, 6, device=device)
+    for convert, dtype, tolerance in (
+        (lambda model: model.to(device), torch.float32, {}),
+        (nn.Module.double, torch.float64, {}),
+        (nn.Module.half, torch.float16, {"rtol": 2e-3, "atol": 2e-3}),
+        (lambda model: model.to(device, torch.bfloat16), torch.bfloat16, {"rtol": 2e-2, "atol": 2e-2}),
+        (nn.Module.float, torch.float32, {}),
+    ):
+        results = [step(convert(model), x.to(dtype)) for model in (ours, plain)]
+        assert {value.dtype for value in (*results[0][:2], *results[0][2].values())} == {dtype}
+        torch.testing.assert_close(*results, **tolerance)
+
+
+@pytest.mark.gpu
+def test_a_module_moves_to_the_gpu_and_back() -> None:
+    model, x = SimpleNN(6, 8, 4), torch.randn(5, 6)
+    right = model(x)
+    with strict():
+        torch.testing.assert_close(model.to("cuda")(x.cuda()).cpu(), right, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.to("cpu")(x), right, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_meta_tensors_have_shapes_and_gradients(name: str) -> None:
+    make, targets = MODULES[name]
+    real, x = make(), torch.randn(5, 6, dtype=torch.bfloat16, requires_grad=True)
+    real.bfloat16()
+    meta, meta_x = copy.deepcopy(real).to("meta"), x.to("meta").detach().requires_grad_()
+    results = [
+        (module(x, *(target.to(x.device) for target in targets)), x, *module.parameters())
+        for module, x in ((real, x), (meta, meta_x))
+    ]
+    for outputs in results:
+        outputs[0].sum().backward()
+    right, seen = (
+        [(value.shape, value.dtype, value.stride()) for value in (outputs[0], *(leaf.grad for leaf in outputs[1:]))]
+        for outputs in results
+    )
+    assert seen == right
+    assert results[1][0].is_meta
+    assert all(leaf.grad.is_meta for leaf in results[1][1:])
+
+
+@pytest.mark.parametrize("how", ["to_empty", "assign"])
+def test_a_model_built_on_meta(how: str, device: str) -> None:
+    """Large models start so: shapes first, the values from a checkpoint."""
+    _, plain = pair(device, 6, 8, 4)
+    with torch.device("meta"):
+        model = SimpleNN(6, 8, 4)
+        shape = model(torch.empty(2, 5, 6)).shape
+    if how == "to_empty":
+        model.to_empty(device=device)
+    model.load_state_dict(plain.state_dict(), assign=how == "assign")
+    x = torch.randn(2, 5, 6, device=device)
+    torch.testing.assert_close(step(model, x), step(plain, x))
+    assert model(x).shape == shape
 
 
 class TestCrossEntropyLoss:

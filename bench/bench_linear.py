@@ -1,21 +1,58 @@
-"""linear_relu on a GPU, forward and forward plus backward, beside eager PyTorch and torch.compile."""
+"""linear_relu on a GPU, forward and forward plus backward, beside eager PyTorch, torch.compile and other peers.
 
-from collections.abc import Callable
-from typing import Any
+Three measures, each a group of its own for every shape and precision:
+
+    CUDA graph         GPU time of a call among several that a graph replays, which leaves out what Python costs
+    from Python        time of a call among many, the queue drained once after them; beside it, of one call: the
+                       number of kernels, the sum of their times by the profiler, and the peak of memory
+    cold first call    the first call of a process that finds nothing compiled on the disk
+
+`cases` has them in the order of what is worth most, since `make gpu` gives all of them 150 seconds and may not reach
+max-autotune then: `python -m pytest bench/bench_linear.py --benchmark-only` by itself has no limit.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from fusednn import functional
 
-from .conftest import Stamp, capture, compiled
+from .conftest import Stamp, capture, compiled, need, occupy, seconds_left
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.filterwarnings("default"),  # Inductor's, that TF32 is off, is no error here
+]
 
-SHAPES = [(32, 128, 64), (32, 10, 128), (256, 256, 256), (1024, 1024, 1024), (4096, 4096, 4096)]
+Shape = tuple[int, int, int]
+
+LEADING: list[Shape] = [(32, 128, 64), (32, 10, 128), (256,) * 3, (1024,) * 3, (4096,) * 3]
+"""M, N, K: the output is [M, N]. The textbook network's two layers, and squares."""
+
+MORE: list[Shape] = [(128,) * 3, (512,) * 3, (2048,) * 3]
+LARGEST: list[Shape] = [(8192,) * 3]
+
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
+"""The dtype of each; "tf32" and "ieee" are float32 products with TF32 allowed and not."""
+
+AUTOTUNE_SECONDS = 60
+"""What torch.compile or QuACK may need to try their configurations of one call."""
+
+COLD_SECONDS = 30
+"""What a cold process may need."""
 
 
 def eager(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -23,43 +60,307 @@ def eager(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return torch.relu(F.linear(x, w, b))
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
+def addmm_activation(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """PyTorch's own fused forward. It has no derivative."""
+    return torch._addmm_activation(b, x, w.t())
+
+
+def quack(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """QuACK 0.6's; its fused ReLU has a derivative only together with the layer that follows, so not in training."""
+    from quack.linear import linear_act_func, linear_func
+
+    if torch.is_grad_enabled():
+        return torch.relu(linear_func(x, w, bias=b))
+    y: Tensor = linear_act_func(x, w, "relu", bias=b, store_preact=False)[1]
+    return y
+
+
+MODES = {
+    # of torch.compile, in a CUDA graph of ours and from Python, where max-autotune makes CUDA graphs itself
+    "torch.compile": (None, None),
+    "torch.compile max-autotune": ("max-autotune-no-cudagraphs", "max-autotune"),
+}
+
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "eager": eager,
-    "torch.compile": eager,
+    "_addmm_activation": addmm_activation,
+    "quack": quack,
     "fusednn": functional.linear_relu,
 }
 
 
+class Case(NamedTuple):
+    """What one test measures."""
+
+    shape: Shape
+    precision: str
+    backward: bool
+    measure: str
+    implementation: str
+
+    def words(self) -> list[str]:
+        """The fields as the names of groups and tests have them."""
+        direction = "forward+backward" if self.backward else "forward"
+        return ["x".join(map(str, self.shape)), self.precision, direction, self.measure, self.implementation]
+
+    def group(self) -> str:
+        """All but the implementation."""
+        shape, precision, direction, measure, _ = self.words()
+        return f"linear_relu {shape} {precision} {direction}, {measure}"
+
+    def exists(self) -> bool:
+        """Whether the implementation can do it at all."""
+        if self.implementation == "quack":
+            _, n, k = self.shape
+            return self.precision in ("bf16", "fp16") and n % 8 == k % 8 == 0
+        return not (self.implementation == "_addmm_activation" and self.backward)
+
+    def goals(self) -> dict[str, float]:
+        """The most of each baseline's time that ours may take: less than theirs below 1024, else eager's within 2 %."""
+        if self.measure == "cold first call":
+            return {}
+        return {"eager": 1.0, "torch.compile": 1.0} if max(self.shape) < 1024 else {"eager": 1.02}
+
+
+def some(shapes: list[Shape], precisions: str, implementations: list[str]) -> Iterator[Case]:
+    """Every combination that exists, one group after the other."""
+    measures = ["CUDA graph", "from Python"]
+    for parts in product(shapes, precisions.split(), [True, False], measures, implementations):
+        case = Case(*parts)
+        if case.exists():
+            yield case
+
+
+def cases() -> Iterator[Case]:
+    """All, in the order of what is worth most. What Inductor compiles takes seconds each, and so comes after ours."""
+    ours, inductor, every = ["eager", "_addmm_activation", "fusednn"], ["torch.compile"], "bf16 tf32 fp16 ieee"
+    small, large = LEADING[:3], LEADING[3:]
+    yield from some(LEADING, "bf16 tf32", ours)
+    yield from some(small, "bf16 tf32", inductor)
+    for implementation in ("eager", "torch.compile", "fusednn"):
+        yield Case(LEADING[0], "ieee", True, "cold first call", implementation)
+    yield from some(large, "bf16 tf32", inductor)
+    yield from some(LEADING, "fp16 ieee", ours)
+    yield from some(MORE, every, ours)
+    yield from some(small + MORE, "bf16 fp16", ["quack"])
+    yield from some(LEADING, "fp16 ieee", inductor)
+    yield from some(MORE, every, inductor)
+    yield from some(LARGEST, every, [*ours, *inductor])
+    yield from some([LEADING[0], LEADING[2], LEADING[4]], "bf16 tf32", ["torch.compile max-autotune"])
+    yield from some(large + LARGEST, "bf16 fp16", ["quack"])
+
+
 @pytest.fixture
-def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    """The dtype; float32 products with TF32 allowed or not."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32" if request.param == "tf32" else "ieee")
-    return PRECISIONS[request.param]
+def precision(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Whether float32 products may use TF32.
+
+    By the older of PyTorch's two settings, which sets the newer too: Inductor still reads both, and the newer alone
+    makes max-autotune raise.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if request.param == "tf32" else "highest")
+    yield request.param
+    torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.benchmark(timer=Stamp)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-@pytest.mark.parametrize("precision", PRECISIONS, indirect=True)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.fixture(scope="session")
+def _profiler_is_warm() -> None:
+    """The first profile loads CUPTI, which stays and may slow what follows: so it is there from the first test on."""
+    if torch.cuda.is_available():
+        with profile(activities=[ProfilerActivity.CUDA]):
+            torch.cuda.synchronize()
+
+
+@lru_cache(maxsize=1)
+def by_inductor(mode: str | None, shape: Shape, precision: str, backward: bool) -> Callable[..., Tensor]:
+    """`eager`, compiled once for both measures of it, which are neighbours in `cases`."""
+    return compiled(eager, mode)
+
+
+def function_of(case: Case) -> Callable[..., Tensor]:
+    """The implementation; skips where it is not installed, or where there is no time to tune it."""
+    if case.implementation == "quack":
+        if find_spec("quack") is None:
+            pytest.skip("quack is not installed")
+        need(AUTOTUNE_SECONDS)
+    if case.implementation not in MODES:
+        return FUNCTIONS[case.implementation]
+    mode = MODES[case.implementation][case.measure == "from Python"]
+    if mode is not None:
+        need(AUTOTUNE_SECONDS)
+    return by_inductor(mode, case.shape, case.precision, case.backward)
+
+
+class Layer:
+    """The tensors of a case, and what is called: the implementation, and its gradients where they are measured."""
+
+    def __init__(self, case: Case, device: str = "cuda") -> None:
+        self.function = function_of(case)
+        m, n, k = case.shape
+        new = partial(torch.randn, device=device, dtype=PRECISIONS[case.precision])
+        self.inputs = [new(*shape).requires_grad_() for shape in ((m, k), (n, k), (n,))]
+        self.dy = new(m, n)
+        self.backward = case.backward
+
+    def results(self, function: Callable[..., Tensor]) -> list[Tensor]:
+        """y, and with the backward the gradients of x, W and b."""
+        with torch.set_grad_enabled(self.backward):
+            y = function(*self.inputs)
+            return [y.detach(), *torch.autograd.grad(y, self.inputs, self.dy)] if self.backward else [y]
+
+    def check(self) -> None:
+        """Raise AssertionError unless the results are eager's, by norm: rounding may turn a single ReLU over."""
+        for ours, theirs in zip(self.results(self.function), self.results(eager), strict=True):
+            assert ours.shape == theirs.shape
+            assert ours.dtype == theirs.dtype
+            assert torch.linalg.vector_norm(ours.float() - theirs) <= 0.05 * torch.linalg.vector_norm(theirs.float())
+
+    def call(self) -> None:
+        """Once. Gradients are enabled by the caller, or not, so that switching them is in nobody's time."""
+        y = self.function(*self.inputs)
+        if self.backward:
+            torch.autograd.grad(y, self.inputs, self.dy)
+
+    def calls(self, number: int) -> None:
+        """So many, after which the queue is drained."""
+        with torch.set_grad_enabled(self.backward):
+            for _ in range(number):
+                self.call()
+        torch.cuda.synchronize()
+
+
+def seconds_of(layer: Layer) -> float:
+    """About what a call takes when it is warm."""
+    layer.calls(3)
+    begin = Stamp()
+    layer.calls(1)
+    return Stamp() - begin
+
+
+def amounts(seconds: float, most_calls: int) -> tuple[int, int]:
+    """How many calls a round, and how many rounds, of a call of so many seconds: about 0.2 s, but three rounds."""
+    calls = max(1, min(most_calls, int(0.01 / seconds)))
+    return calls, max(3, min(30, int(0.2 / (calls * seconds))))
+
+
+def in_a_graph(case: Case, benchmark: Any) -> None:
+    """GPU time, the queue never empty."""
+    layer = Layer(case)
+    layer.check()
+    calls, rounds = amounts(seconds_of(layer), 10)
+    with torch.set_grad_enabled(case.backward):
+        graph = capture(layer.call, calls)
+    benchmark.extra_info["calls a round"] = calls
+    benchmark.pedantic(graph.replay, setup=occupy, rounds=rounds, warmup_rounds=2)
+
+
+def from_python(case: Case, benchmark: Any) -> None:
+    """Time on the clock, and what memory and profiler say of a call."""
+    layer = Layer(case)
+    layer.check()
+    calls, rounds = amounts(seconds_of(layer), 50)
+    benchmark.extra_info |= {"calls a round": calls, "peak bytes over the inputs": peak(partial(layer.calls, 1))}
+    benchmark.pedantic(layer.calls, args=(calls,), rounds=rounds, warmup_rounds=2)
+    benchmark.extra_info |= kernels(layer.calls, min(calls, 10))
+
+
+def peak(run: Callable[[], object]) -> int:
+    """The most bytes allocated while `run` runs, above those before; what Inductor's CUDA graphs hold is not in it."""
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return torch.cuda.max_memory_allocated() - held
+
+
+def kernels(run: Callable[[int], object], calls: int) -> dict[str, float]:
+    """How many kernels a call launches, fills and copies among them, and the sum of their times; nothing if unseen."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run(calls)
+    times = [
+        event.time_range.elapsed_us()
+        for event in profiler.events()
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    ]
+    return {"kernels a call": len(times) / calls, "kernel us a call": sum(times) / calls} if times else {}
+
+
+COLD = """
+import sys, time, torch
+import torch.nn.functional as F
+from fusednn import functional
+
+implementation, device, dtype, m, n, k = *sys.argv[1:4], *map(int, sys.argv[4:])
+sizes = ((m, k), (n, k), (n,))
+inputs = [torch.randn(*size, device=device, dtype=getattr(torch, dtype), requires_grad=True) for size in sizes]
+dy = torch.randn(m, n, device=device, dtype=getattr(torch, dtype))
+eager = lambda x, w, b: torch.relu(F.linear(x, w, b))
+wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+wait()
+begin = time.perf_counter()
+function = functional.linear_relu if implementation == "fusednn" else eager
+function = torch.compile(eager) if implementation == "torch.compile" else function
+torch.autograd.grad(function(*inputs), inputs, dy)
+wait()
+print(time.perf_counter() - begin)
+"""
+"""A process that has imported everything and has its tensors on the device, and prints what its first call takes."""
+
+
+class Told:
+    """A clock that goes by what the processes have said that they took."""
+
+    seconds = 0.0
+
+    @classmethod
+    def now(cls) -> float:
+        """All that they said so far."""
+        return cls.seconds
+
+
+def cold(case: Case, folder: Path, device: str = "cuda") -> float:
+    """Seconds of the first call, forward and backward, of a process whose caches of Triton and Inductor are empty."""
+    caches = {name: str(folder / name) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH")}
+    dtype = str(PRECISIONS[case.precision]).removeprefix("torch.")
+    command = [sys.executable, "-c", COLD, case.implementation, device, dtype, *map(str, case.shape)]
+    options: dict[str, Any] = {"env": os.environ | caches, "timeout": seconds_left()}  # its errors go to the log
+    said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, **options).stdout
+    return float(said.splitlines()[-1])
+
+
+def cold_first_call(case: Case, benchmark: Any, folder: Path) -> None:
+    """One round: a process more is seconds more."""
+    need(COLD_SECONDS)
+
+    def process() -> None:
+        Told.seconds += cold(case, folder)
+
+    benchmark.pedantic(process, rounds=1)
+
+
+TIMERS = {
+    "CUDA graph": [pytest.mark.benchmark(timer=Stamp)],
+    "cold first call": [pytest.mark.benchmark(timer=Told.now)],
+}
+
+
+@pytest.mark.usefixtures("_profiler_is_warm")
+@pytest.mark.parametrize(
+    ("shape", "precision", "backward", "measure", "implementation"),
+    [pytest.param(*case, id="-".join(case.words()), marks=TIMERS.get(case.measure, ())) for case in cases()],
+    indirect=["precision"],
+)
 def test_linear_relu(
-    shape: tuple[int, int, int], precision: torch.dtype, backward: bool, implementation: str, benchmark: Any
+    shape: Shape, precision: str, backward: bool, measure: str, implementation: str, benchmark: Any, tmp_path: Path
 ) -> None:
-    """GPU time of ten calls in a CUDA graph, which leaves out what Python costs."""
-    m, n, k = shape
-    x, w, b = (torch.randn(s, device="cuda", dtype=precision, requires_grad=True) for s in ((m, k), (n, k), (n,)))
-    dy, function = torch.randn(m, n, device="cuda", dtype=precision), IMPLEMENTATIONS[implementation]
-    function = compiled(function) if implementation == "torch.compile" else function
-    torch.testing.assert_close(function(x, w, b), eager(x, w, b), rtol=2e-2, atol=2e-2 * k**0.5)
-
-    def call() -> None:
-        if backward:
-            torch.autograd.grad(function(x, w, b), (x, w, b), dy)
-        else:
-            with torch.no_grad():
-                function(x, w, b)
-
-    graph = capture(call)
-    benchmark.group = f"linear_relu {m}x{n}x{k} {precision} {'forward+backward' if backward else 'forward'}"
-    benchmark.extra_info["calls a round"] = 10
-    benchmark.pedantic(graph.replay, rounds=30, warmup_rounds=5)
+    """One case, after a check that its results are eager's."""
+    case = Case(shape, precision, backward, measure, implementation)
+    benchmark.group = case.group()
+    if implementation == "fusednn":
+        benchmark.extra_info["goals"] = case.goals()
+    if measure == "CUDA graph":
+        in_a_graph(case, benchmark)
+    elif measure == "from Python":
+        from_python(case, benchmark)
+    else:
+        cold_first_call(case, benchmark, tmp_path)

@@ -1,5 +1,6 @@
 """How the benchmarks run: the timer, what is written beside each result, and the budgets printed at the end."""
 
+import math
 import os
 import platform
 import subprocess
@@ -16,8 +17,11 @@ BUDGETS = {
     "linear_relu forward and backward, Python alone": 1.0,
     "training step, 64-128-10, batch 32, cpu": 1.05,
 }
-"""What the design allows; other groups are printed without a verdict."""
+"""What the design allows. A benchmark may bring its own, as `extra_info["goals"]`: {baseline: the most of its time};
+other groups are printed without a verdict."""
 
+NOTED = ("kernels a call", "kernel us a call", "peak bytes over the inputs")
+"""What of `extra_info` is printed beside the time, where the baseline has it too."""
 
 DEADLINE = time.monotonic() + float(os.environ.get("FUSEDNN_BENCH_SECONDS", "inf"))
 """No benchmark starts later, so that a run with little time ends by itself and writes what it has."""
@@ -25,8 +29,26 @@ DEADLINE = time.monotonic() + float(os.environ.get("FUSEDNN_BENCH_SECONDS", "inf
 
 def pytest_runtest_setup() -> None:
     """Skip what there is no time for."""
-    if time.monotonic() > DEADLINE:
+    need(0)
+
+
+def need(seconds: float) -> None:
+    """Skip the benchmark that calls this where less time is left: one that is cut off takes all results with it."""
+    if time.monotonic() + seconds > DEADLINE:
         pytest.skip("no time left")
+
+
+def seconds_left() -> float | None:
+    """What is left until the deadline, as a timeout; None without one."""
+    return None if math.isinf(DEADLINE) else max(DEADLINE - time.monotonic(), 0.0)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
+    """Drop a benchmark that was cut off before its first round: pytest-benchmark would fail, and write none."""
+    benchmarks = session.config._benchmarksession.benchmarks
+    benchmarks[:] = [benchmark for benchmark in benchmarks if benchmark.stats]
+    yield
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -50,7 +72,11 @@ def _said_by(command: list[str]) -> str:
 
 
 class Stamp:
-    """A point on the GPU's time line; the difference of two is in seconds."""
+    """A point on the GPU's time line; the difference of two is in seconds.
+
+    An idle GPU passes the first point at once and then waits for Python to launch: that gap is counted, and is as long
+    as a small kernel. With `setup=occupy` it is not: the round is queued behind other work, and begins where that ends.
+    """
 
     def __init__(self) -> None:
         self.event = torch.cuda.Event(enable_timing=True)
@@ -62,14 +88,19 @@ class Stamp:
         return earlier.event.elapsed_time(self.event) / 1000
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def occupy() -> None:
+    """About a millisecond of work for the GPU, which Python uses to queue what is timed."""
+    torch.cuda._sleep(2_000_000)  # clock cycles
+
+
+def compiled(function: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
     """`function` by Inductor, for the shapes it meets first; what was compiled before is forgotten."""
     torch._dynamo.reset()
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function, dynamic=False, mode=mode)
 
 
-def capture(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-    """Ten calls as a CUDA graph: what is timed then is the GPU's work and not Python's."""
+def capture(call: Callable[[], Any], calls: int = 10) -> torch.cuda.CUDAGraph:
+    """So many calls as a CUDA graph: what is timed then is the GPU's work and not Python's."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -78,7 +109,7 @@ def capture(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(10):
+        for _ in range(calls):
             call()
     return graph
 
@@ -93,18 +124,44 @@ def one_thread() -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Each group as a ratio to its baseline, the benchmark whose parameter is "eager"."""
-    groups: dict[str, dict[str, float]] = {}
+    """Each group as time of one call and ratio to its baseline, the benchmark whose parameter is "eager"."""
+    groups: dict[str, dict[str, Any]] = {}
     for benchmark in config._benchmarksession.benchmarks:
         if benchmark.group and benchmark.params and not benchmark.has_error:
-            groups.setdefault(benchmark.group, {})[benchmark.params["implementation"]] = benchmark.stats.median
-    for group, medians in groups.items():
-        if "eager" not in medians:
-            continue
-        for name, median in medians.items():
-            ratio = median / medians["eager"]
-            line = f"{group}: {name} {median * 1e6:.2f} us, {ratio:.3f} of eager's {medians['eager'] * 1e6:.2f} us"
-            if name == "fusednn" and group in BUDGETS:
-                line += f" (budget {BUDGETS[group]}: {'kept' if ratio <= BUDGETS[group] else 'BROKEN'})"
-            if name != "eager":
-                terminalreporter.write_line(line)
+            groups.setdefault(benchmark.group, {})[benchmark.params["implementation"]] = benchmark
+    for group, benchmarks in groups.items():
+        for line in summary(group, benchmarks):
+            terminalreporter.write_line(line)
+
+
+def per_call(benchmark: Any) -> float:
+    """Median seconds of one call, or one step, of those that a round has."""
+    info = benchmark.extra_info
+    seconds: float = benchmark.stats.median / info.get("calls a round", info.get("steps a round", 1))
+    return seconds
+
+
+def summary(group: str, benchmarks: dict[str, Any]) -> list[str]:
+    """A line for each of a group's `benchmarks`, by implementation, but for the baseline; none without a baseline."""
+    if "eager" not in benchmarks:
+        return []
+    times = {name: per_call(benchmark) for name, benchmark in benchmarks.items()}
+    lines = []
+    for name, seconds in times.items():
+        ratio = seconds / times["eager"]
+        line = f"{group}: {name} {seconds * 1e6:.2f} us, {ratio:.3f} of eager's {times['eager'] * 1e6:.2f} us"
+        goals = benchmarks[name].extra_info.get("goals", {})
+        if name == "fusednn" and group in BUDGETS:
+            goals = {"eager": BUDGETS[group]}
+        for baseline, most in goals.items():
+            if baseline in times:
+                ratio = seconds / times[baseline]
+                line += "" if baseline == "eager" else f", {ratio:.3f} of {baseline}'s"
+                line += f" (budget {most}: {'kept' if ratio <= most else 'BROKEN'})"
+        info, theirs = benchmarks[name].extra_info, benchmarks["eager"].extra_info
+        for what in NOTED:
+            if what in info and what in theirs:
+                line += f"; {what}: {info[what]:.6g}, eager's {theirs[what]:.6g}"
+        if name != "eager":
+            lines.append(line)
+    return lines

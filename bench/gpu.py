@@ -10,33 +10,38 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 9 * 60 - 15
-"""Seconds for everything, with some to spare for the last part to be stopped in."""
+"""Seconds for everything, with some to spare for the last part to be stopped in: GRACE is below that."""
+
+GPU_TEST = re.compile(r"\bdevice: str\b|\bmark\.gpu\b")
+"""What a test file has if a test of it runs on a GPU: it takes tests/conftest.py's `device`, or is marked by itself."""
 
 TESTS = [
-    "tests/kernels/test_linear.py",
-    "tests/kernels/test_cross_entropy.py",
-    "tests/ops/test_ops.py",
-    "tests/functional",
-    "tests/test_modules.py",
-    "tests/test_dispatch.py",
+    str(file.relative_to(ROOT))
+    for file in sorted((ROOT / "tests").rglob("test_*.py"))
+    if GPU_TEST.search(file.read_text(encoding="utf-8"))
 ]
 """Files with tests marked gpu. They run at once, a process each: they mostly wait for the compiler."""
 
-BENCHMARKS = {"simple_nn": 60, "python": 60, "cross_entropy": 150, "linear": 150}
+BENCHMARKS = {"simple_nn": 60, "linear": 150, "cross_entropy": 150, "python": 60}
 """bench_<name>.py and the most seconds it may take, in order of what is worth most if time runs out."""
 
 TEST_SECONDS = 300
 
 LAST_BENCHMARK = 20
 """Seconds that the last benchmark of a part may take, and pytest to write its JSON."""
+
+GRACE = 10
+"""Seconds in which a part that takes longer is to write its JSON after all."""
 
 
 def card() -> str | None:
@@ -56,14 +61,16 @@ def start(arguments: list[str], log: Path, seconds: float) -> subprocess.Popen[b
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
 
 
-def finish(process: subprocess.Popen[bytes], seconds: float) -> str:
-    """How the process ended, at the latest in so many seconds."""
-    try:
+def finish(process: subprocess.Popen[bytes], seconds: float, grace: float = 0) -> str:
+    """How the process ended, at the latest in so many seconds, or after a `grace` to write what it has."""
+    with suppress(subprocess.TimeoutExpired):
         return f"exit status {process.wait(max(seconds, 0))}"
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        return "out of time"
+    process.send_signal(signal.SIGINT)  # on which pytest ends the session, and pytest-benchmark writes its JSON
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(grace)
+    process.kill()
+    process.wait()
+    return "out of time"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -86,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{time.monotonic() - begin:5.0f} s  {part}: {status}", flush=True)
         (options.out / f"{name}-parts.json").write_text(json.dumps(ended, indent=1) + "\n")
 
-    logs = [options.out / f"{name}-{Path(file).stem}.log" for file in TESTS]
+    logs = [options.out / f"{name}-{'-'.join(Path(file).with_suffix('').parts[1:])}.log" for file in TESTS]
     processes = [start([file, "-m", "gpu"], log, TEST_SECONDS) for file, log in zip(TESTS, logs, strict=True)]
     for file, process, log in zip(TESTS, processes, logs, strict=True):
         status = finish(process, left(TEST_SECONDS - (time.monotonic() - begin)))
@@ -97,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif left(most) > 2 * LAST_BENCHMARK:
             files = [options.out / f"{name}-{part}.{suffix}" for suffix in ("json", "log")]
             arguments = [f"bench/bench_{part}.py", "-W", "default", "--benchmark-only", f"--benchmark-json={files[0]}"]
-            note(part, finish(start(arguments, files[1], left(most) - LAST_BENCHMARK), left(most)))
+            note(part, finish(start(arguments, files[1], left(most) - LAST_BENCHMARK), left(most), GRACE))
     return int(any(not ended[file].startswith("exit status 0") for file in TESTS))
 
 

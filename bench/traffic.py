@@ -8,9 +8,9 @@ Every load, store and atomic of every interpreted kernel, ours or a peer's, goes
 C++ module, the same in Triton 3.6 to 3.9; `count` wraps them. What is counted is what the programs ask for, lane by
 lane: masked-off lanes cost nothing, and what a GPU's caches would serve counts like the rest.
 
-`python -m bench.traffic` prints our operations beside eager PyTorch and Liger. First it calibrates itself on a copy
-(2.00 passes over the tensor) and on Liger's cross entropy (3.00); it exits non-zero when either is off, or when an
-operation of ours moves more than it may.
+`python -m bench.traffic` prints our operations beside eager PyTorch and Liger, forward and backward of a linear layer
+apart. First it calibrates itself on a copy (2.00 passes over the tensor) and on Liger's cross entropy (3.00); it exits
+non-zero when either is off, or when an operation of ours moves more or launches more kernels than it may.
 """
 
 import argparse
@@ -35,6 +35,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._C._profiler import _ExperimentalConfig
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime import interpreter
 
@@ -127,17 +129,45 @@ class Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count `func`, and call it."""
-        allocates = func.__name__.startswith(("empty", "new_empty"))
-        self.total += func.namespace == "aten" and not func.is_view and not allocates
+        self.total += func.namespace == "aten" and not func.is_view and not allocates(func.__name__)
         return func(*args, **(kwargs or {}))
+
+
+def allocates(name: str) -> bool:
+    """Whether the aten operator of this name, which nothing precedes, gives memory and writes nothing there."""
+    return name.startswith(("empty", "new_empty"))
+
+
+def profiled(run: Callable[[], object]) -> list[str]:
+    """The same operators by name, in the order of their start, as PyTorch's profiler saw them while `run` ran.
+
+    The profiler also sees what an operator calls: `linear` is looked into, since it has no kernel of its own on any
+    device, and `addmm` is not, since the copy that it makes on a CPU is not made on a GPU. It sees what Triton's
+    interpreter does with tensors as well, so it is for functions of PyTorch alone.
+    """
+    overloads = _ExperimentalConfig(capture_overload_names=True)
+    with profile(activities=[ProfilerActivity.CPU], experimental_config=overloads) as profiler:
+        run()
+    found, waiting = [], [event for event in profiler.events() if event.cpu_parent is None]
+    while waiting:
+        event = waiting.pop()
+        namespace, _, name = event.name.partition("::")
+        packet = getattr(torch.ops.aten, name, None) if namespace == "aten" else None
+        operator = getattr(packet, event.overload_name or "default", None)
+        if operator is None or operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+            waiting += event.cpu_children
+        elif not (operator.is_view or allocates(name)):
+            found.append(event)
+    return [event.name for event in sorted(found, key=lambda event: event.time_range.start)]
 
 
 @dataclass(frozen=True)
 class Row:
     """One line of the report: a function, and its gradients where one comes in; `reference` bytes make one pass.
 
-    `fixed` bytes are taken off before passes are counted; a calibration has a number of passes `expected` of it, and
-    an operation may have the `most` that it is allowed.
+    Of a `backward_alone` the forward is not counted. `fixed` bytes are taken off before passes are counted; a
+    calibration has a number of passes `expected` of it, and an operation may have the `most` passes and the
+    `most_launches` that it is allowed.
     """
 
     name: str
@@ -148,32 +178,63 @@ class Row:
     fixed: int = 0
     expected: float | None = None
     most: float | None = None
+    most_launches: int | None = None
     retain_graph: bool = False
     compiled: bool = False
+    backward_alone: bool = False
 
-    def __call__(self) -> None:
-        """Run it once."""
+    def ready(self) -> Callable[[], object]:
+        """What is counted, to be called once: where it is the backward alone, the forward runs now."""
+        return partial(self.differentiate, self.forward()) if self.backward_alone else self.run
+
+    def run(self) -> None:
+        """All of it."""
+        result = self.forward()
+        if self.gradient is not None:
+            self.differentiate(result)
+
+    def forward(self) -> Tensor:
+        """The function of its inputs; no graph is made where no gradient comes in."""
         with torch.set_grad_enabled(self.gradient is not None):
-            result = self.function(*self.inputs)
-            if self.gradient is not None:
-                leaves = [x for x in self.inputs if x.requires_grad]
-                torch.autograd.grad(result, leaves, self.gradient, retain_graph=self.retain_graph)
+            return self.function(*self.inputs)
+
+    def differentiate(self, result: Tensor) -> None:
+        """The gradients of the inputs that want one."""
+        leaves = [x for x in self.inputs if x.requires_grad]
+        torch.autograd.grad(result, leaves, self.gradient, retain_graph=self.retain_graph)
+
+    def broken(self, result: dict[str, Any]) -> list[str]:
+        """What of its `result`, from `measure`, is over a limit, in words."""
+        limits = {"passes": self.most, "launches": self.most_launches}
+        return [
+            f"{self.name}, {result['shape']}: {result[what]:.4g} {what}, at most {most}"
+            for what, most in limits.items()
+            if most is not None and result[what] > most
+        ]
 
 
 def measure(row: Row) -> dict[str, Any]:
-    """Call it and count, twice: under a dispatch mode our operations do not run as they do in eager mode."""
-    row()  # what compiles, compiles now
+    """Call it and count; then count operators, in calls of their own, since a dispatch mode changes the way of ours.
+
+    Where Triton launches nothing, PyTorch's profiler counts the operators.
+    """
+    if row.compiled:
+        row.run()  # so that it compiles now
+    run = row.ready()
     with count() as traffic:
-        row()
-    operators = Operators()
-    if not row.compiled:  # which a dispatch mode rules out
-        with count(), operators:
-            row()
+        run()
+    if traffic.launches == 0:
+        operators = len(profiled(row.ready()))
+    elif row.compiled:  # which a dispatch mode rules out
+        operators = 0
+    else:
+        run, mode = row.ready(), Operators()
+        with count(), mode:
+            run()
+        operators = mode.total
     passes = (traffic.loaded + traffic.stored - row.fixed) / row.reference if traffic.launches else None
     shape = " ".join("x".join(map(str, x.shape)) for x in row.inputs)
-    return {"implementation": row.name, "shape": shape, "operators": operators.total, "passes": passes} | asdict(
-        traffic
-    )
+    return {"implementation": row.name, "shape": shape, "operators": operators, "passes": passes} | asdict(traffic)
 
 
 @triton.jit
@@ -237,17 +298,38 @@ def calibrations() -> Iterator[Row]:
         print("Liger cross_entropy: skipped, liger-kernel is not installed; the copy alone calibrates")
 
 
+LINEARS = (
+    # rows, input and output features, ReLU, and the launches that the forward and the backward may take at most
+    (32, 64, 128, True, (1, 2)),
+    (512, 256, 512, True, (1, 3)),  # rows so many that the weight gradient splits them, and sums the splits
+    (32, 128, 10, False, (1, 2)),
+)
+
+
+def linear_rows(m: int, k: int, n: int, relu: bool, most: tuple[int, int]) -> Iterator[Row]:
+    """A linear layer [m, k] -> [m, n], float32, forward and then backward alone, PyTorch's and ours, held to `most`.
+
+    A pass is each operand read once and each result written once.
+    """
+    x, w, b = (torch.randn(*shape, requires_grad=True) for shape in ((m, k), (n, k), (n,)))
+    dy = torch.randn(m, n)
+    operands = x.nbytes + w.nbytes + b.nbytes
+    forward = operands + dy.nbytes
+    backward = dy.nbytes * (1 + relu) + x.nbytes + w.nbytes + operands  # dy, y behind a ReLU, x, W in; dx, dW, db out
+    name = "linear_relu" if relu else "linear"
+    for who, module in (("PyTorch", reference), ("fusednn", functional)):
+        function = getattr(module, name)
+        first, second = most if who == "fusednn" else (None, None)
+        yield Row(f"{who} {name}, forward", function, (x, w, b), None, forward, most_launches=first)
+        yield Row(
+            f"{who} {name}, backward", function, (x, w, b), dy, backward, most_launches=second, backward_alone=True
+        )
+
+
 def operations() -> Iterator[Row]:
-    """Ours beside PyTorch's. A pass of a product is each operand read once and each result written once."""
-    for m, k, n in ((32, 64, 128), (512, 256, 512)):
-        x, w, b = (torch.randn(*shape, requires_grad=True) for shape in ((m, k), (n, k), (n,)))
-        dy = torch.randn(m, n)
-        operands = x.nbytes + w.nbytes + b.nbytes
-        forward = operands + dy.nbytes
-        backward = 2 * dy.nbytes + x.nbytes + w.nbytes + operands  # dy, y, x, W in; dx, dW, db out
-        for name, function in (("PyTorch", reference.linear_relu), ("fusednn", functional.linear_relu)):
-            yield Row(f"{name} linear_relu, forward", function, (x, w, b), None, forward)
-            yield Row(f"{name} linear_relu, gradients", function, (x, w, b), dy, forward + backward)
+    """Ours beside PyTorch's."""
+    for layer in LINEARS:
+        yield from linear_rows(*layer)
     yield from cross_entropy_operations()
 
 
@@ -282,7 +364,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
-    results, broken = [], []
+    results: list[dict[str, Any]] = []
+    broken: list[str] = []
     titles = ("implementation", "shape", "operators", "launches", "programs", "MB loaded", "MB stored", "passes")
     print(COLUMNS.format(*titles))
     for row in chain(calibrations(), operations()):
@@ -292,8 +375,7 @@ def main(arguments: list[str] | None = None) -> int:
         if row.expected is not None and f"{result['passes']:.2f}" != f"{row.expected:.2f}":
             print(f"calibration failed: {row.name} makes {row.expected:.2f} passes, not {result['passes']:.2f}")
             return 1
-        if row.most is not None and result["passes"] > row.most:
-            broken.append(f"{row.name}, {result['shape']}: {result['passes']:.3f} passes, at most {row.most}")
+        broken += row.broken(result)
     for line in broken:
         print(f"over its limit: {line}")
     if options.json:
@@ -304,5 +386,6 @@ def main(arguments: list[str] | None = None) -> int:
 if __name__ == "__main__":
     if not triton.knobs.runtime.interpret:  # Triton reads it when it is imported
         again = [sys.executable, "-m", "bench.traffic", *sys.argv[1:]]
-        sys.exit(subprocess.run(again, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode)
+        environment = os.environ | {"TRITON_INTERPRET": "1", "KINETO_LOG_LEVEL": "99"}  # a silent profiler
+        sys.exit(subprocess.run(again, env=environment, check=False).returncode)
     sys.exit(main())

@@ -3,16 +3,19 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
 from bench import traffic
-from bench.traffic import Counts, Operators, calibrations, count, cross_entropy_row, measure
+from bench.traffic import Counts, Operators, Row, calibrations, count, cross_entropy_row, linear_rows, measure, profiled
 from fusednn import functional
+from fusednn.kernels import linear
 from fusednn.kernels.cross_entropy import cross_entropy_forward
 
 
@@ -185,6 +188,84 @@ def test_few_classes_touch_their_sectors_once(dtype: torch.dtype, kind: str, v: 
     occupied += x.nbytes if twice else 0
     assert kernel.loaded + kernel.stored <= 1.05 * occupied
     assert 32 * (kernel.sectors_loaded + kernel.sectors_stored) <= 1.05 * occupied
+
+
+LAYERS = [(32, 64, 128, True, (1, 2)), (512, 16, 16, True, (1, 3)), (32, 128, 10, False, (1, 2))]
+"""The layers of the report, but for the one with split rows, which is smaller here."""
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: "x".join(map(str, layer[:3])))
+def test_linear_keeps_its_launches(layer: tuple[int, int, int, bool, tuple[int, int]]) -> None:
+    """And forward and backward counted apart are what both are together."""
+    rows = list(linear_rows(*layer))
+    apart = [measure(row) for row in rows]
+    assert [row.broken(result) for row, result in zip(rows, apart, strict=True)] == [[]] * 4
+    forward, backward = apart[2:]
+    whole = measure(replace(rows[3], backward_alone=False))
+    for name in ("loaded", "stored", "launches", "programs"):
+        assert forward[name] + backward[name] == whole[name] > 0
+    relu = layer[3]
+    assert [result["operators"] for result in apart[:2]] == ([2, 4] if relu else [1, 3])  # addmm; mm, mm, sum
+
+
+def test_bytes_of_a_linear_layer() -> None:
+    """One program has it all, so each operand is loaded as often as a kernel needs it, and each result stored once."""
+    m, k, n = 16, 16, 16
+    forward, backward = (measure(row) for row in list(linear_rows(m, k, n, True, (1, 2)))[2:])
+    assert (forward["loaded"], forward["stored"]) == (4 * (m * k + n * k + n), 4 * m * n)
+    assert backward["loaded"] <= 4 * (4 * m * n + n * k + m * k)  # dy and y, twice; W; x
+    assert backward["stored"] == 4 * (m * k + n * k + n)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "line"),
+    [
+        ("linear_forward", "forward, 32x8 16x8 16: 2 launches, at most 1"),
+        ("linear_input_grad", "backward, 32x8 16x8 16: 3 launches, at most 2"),
+        ("linear_weight_grad", "backward, 32x8 16x8 16: 3 launches, at most 2"),
+    ],
+)
+def test_a_planted_launch_is_noticed(
+    launcher: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    once = getattr(linear, launcher)
+
+    def twice(*arguments: Any) -> Any:
+        once(*arguments)
+        return once(*arguments)
+
+    monkeypatch.setattr(traffic, "calibrations", lambda: iter(()))
+    monkeypatch.setattr(traffic, "operations", lambda: linear_rows(32, 8, 16, True, (1, 2)))
+    assert traffic.main([]) == 0
+    monkeypatch.setattr(linear, launcher, twice)
+    assert traffic.main([]) == 1
+    broken = [said for said in capsys.readouterr().out.splitlines() if said.startswith("over its limit")]
+    assert broken == [f"over its limit: fusednn linear_relu, {line}"]
+
+
+def pytorch_rows() -> dict[str, Row]:
+    rows = [row for layer in LAYERS for row in linear_rows(*layer) if row.name.startswith("PyTorch")]
+    rows += [cross_entropy_row("PyTorch cross_entropy", F.cross_entropy, 16, 10, sent) for sent in ("one", "a vector")]
+    return {f"{row.name}, {len(row.inputs[0])}": row for row in rows}
+
+
+@pytest.mark.parametrize("name", pytorch_rows())
+def test_the_profiler_and_a_dispatch_mode_count_the_same(name: str) -> None:
+    run, mode = pytorch_rows()[name].ready(), Operators()
+    with mode:
+        run()
+    assert len(profiled(pytorch_rows()[name].ready())) == mode.total > 0
+
+
+@pytest.mark.unpoisoned
+def test_the_profiler_names_what_computes() -> None:
+    """Neither an allocation nor a view is named; what a sum or a cast does on a CPU is not looked into."""
+    x = torch.randn(4, 6, requires_grad=True)
+    assert profiled(lambda: torch.empty(4).unsqueeze(0).reshape(2, 2).detach()) == []
+    assert profiled(lambda: F.linear(x, x).to(torch.float64).sum(0)) == ["aten::mm", "aten::_to_copy", "aten::sum"]
+    y, ones = torch.relu(x.t() @ x), torch.ones(6, 6)
+    backward = ["aten::add_", "aten::mm", "aten::mm", "aten::threshold_backward"]
+    assert sorted(profiled(lambda: torch.autograd.grad(y, x, ones))) == backward
 
 
 def test_operators_are_those_that_compute() -> None:

@@ -1,15 +1,20 @@
 """Who serves, and that explain and strict tell the truth about it."""
 
+import copy
 import os
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from fusednn import Decision, FallbackError, SimpleNN, explain, functional, strict
+from fusednn import CrossEntropyLoss, Decision, FallbackError, SimpleNN, explain, functional, strict, warmup
+from fusednn.kernels import cross_entropy as cross_entropy_kernels
+from fusednn.kernels import linear as linear_kernels
 
 
 def test_explain_names_each_operation(device: str) -> None:
@@ -71,6 +76,47 @@ def test_explain_tells_who_served_in_the_end() -> None:
     assert "label_smoothing" in decision.reason
     with strict(), pytest.raises(FallbackError, match="cross_entropy: PyTorch"):
         functional.cross_entropy(x, target, ignore_index=np.int64(1))
+
+
+class Stateful(nn.Module):
+    """A model whose forward moves buffers and draws random numbers."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.model, self.norm = SimpleNN(6, 8, 4, device=device), nn.BatchNorm1d(4, device=device)
+        self.extra = nn.Parameter(torch.ones(3, device=device))  # which nothing uses
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.norm(self.model(nn.functional.dropout(x)))
+        return {"logits": logits, "best": logits.argmax(1)}
+
+
+def test_warmup_launches_what_training_does_and_leaves_no_trace(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+    for module in (linear_kernels, cross_entropy_kernels):
+
+        def launch(kernel: Any, *arguments: Any, original: Any = module.launch) -> None:
+            names.append(kernel.__name__)
+            original(kernel, *arguments)
+
+        monkeypatch.setattr(module, "launch", launch)
+    model, x = Stateful(device), torch.randn(5, 6, device=device)
+    target = torch.tensor([0, 1, 2, 3, 0], device=device)
+    model.extra.grad = torch.ones_like(model.extra)
+    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    warmup(model, x)
+    assert set(names) == {"linear_forward_kernel", "linear_input_grad_kernel", "linear_weight_grad_kernel"}
+    warmup(lambda x, t: CrossEntropyLoss()(model.model(x), t), x, target)
+    assert {"cross_entropy_kernel", "scale_gradient_kernel"} < set(names)
+    assert torch.equal(torch.get_rng_state(), random)
+    torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.model.parameters())
+    assert torch.equal(model.extra.grad, torch.ones_like(model.extra))
+    with torch.no_grad():  # compiles the backward all the same
+        names.clear()
+        warmup(model, x)
+    assert "linear_weight_grad_kernel" in names
 
 
 def test_strict_is_of_its_thread() -> None:

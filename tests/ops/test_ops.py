@@ -3,17 +3,23 @@
 On the plain CPU path no operator runs and such a test would prove nothing: these run the kernels in the interpreter.
 """
 
+import subprocess
+import sys
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
+from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vmap
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
-from fusednn import CrossEntropyLoss, SimpleNN, functional, reference
+from fusednn import CrossEntropyLoss, FallbackError, SimpleNN, explain, functional, reference, strict
+from fusednn.kernels import linear as linear_kernels
 from fusednn.ops import registry
 
 # vmap runs an operator without a batching rule in a loop and warns of it
@@ -193,6 +199,170 @@ def test_compile_over_torch_func(name: str, transform: str) -> None:
     torch.testing.assert_close(compiled(w, x), TRANSFORMS[transform](theirs)(w, x))
 
 
+def launched(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the linear kernels that `call` launches, in order."""
+    names: list[str] = []
+
+    def launch(kernel: Any, *arguments: Any) -> None:
+        names.append(kernel.__name__.removesuffix("_kernel"))
+        original(kernel, *arguments)
+
+    original = linear_kernels.launch
+    monkeypatch.setattr(linear_kernels, "launch", launch)
+    call()
+    return names
+
+
+def test_vmap_adds_no_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its batch is folded into the rows. A gradient for each element is a batched product, which PyTorch has."""
+    f = losses()["linear_relu"][0]
+    w, x = torch.randn(4, 6), torch.randn(3, 5, 6)
+    forward, dx, dw = "linear_forward", "linear_input_grad", "linear_weight_grad"
+    both, batch = grad(f, (0, 1)), (None, 0)
+    for call, kernels in (
+        (lambda: f(w, x[0]), [forward]),
+        (lambda: vmap(f, batch)(w, x), [forward]),
+        (lambda: vmap(f, (None, 1))(w, x), [forward]),
+        (lambda: vmap(vmap(f, batch), batch)(w, x[None].expand(2, 3, 5, 6)), [forward]),
+        (lambda: both(w, x[0]), [forward, dx, dw]),
+        (lambda: grad(lambda w, x: vmap(f, batch)(w, x).sum(), (0, 1))(w, x), [forward, dx, dw]),
+        (lambda: vmap(both, batch)(w, x), [forward, dx]),
+        (lambda: jacrev(functional.linear_relu, 0)(x[0], w), [forward, dx]),
+        (lambda: vmap(f)(w.expand(3, 4, 6) * 2, x), []),
+    ):
+        assert launched(call, monkeypatch) == kernels
+
+
+def test_explain_tells_of_batched_products() -> None:
+    f = losses()["linear_relu"][0]
+    w, x = torch.randn(3, 4, 6), torch.randn(3, 5, 6)
+    (weights,) = explain(vmap(f), w, x)
+    assert (weights.operation, weights.implementation) == ("linear_relu", "PyTorch")
+    assert "vmap" in weights.reason
+    decisions = explain(vmap(grad(f), (None, 0)), w[0], x)
+    assert [(d.operation, d.implementation) for d in decisions] == [
+        ("linear_relu", "Triton interpreter"),
+        ("linear_weight_grad", "PyTorch"),
+    ]
+    with strict(), pytest.raises(FallbackError, match="vmap"):
+        vmap(f)(w, x)
+
+
+@pytest.mark.parametrize(
+    "in_dims", [(0, None, None), (None, 0, None), (None, None, 1), (1, 1, 2), (0, None, 0)], ids=str
+)
+def test_vmap_over_any_operands(in_dims: tuple[int | None, ...]) -> None:
+    """Values, gradients and gradients of those, whichever operands are batched, and along any dimension."""
+    plain = {"w": torch.randn(4, 6), "b": torch.randn(4), "x": torch.randn(5, 6)}
+    operands = []
+    for tensor, dim in zip(plain.values(), in_dims, strict=True):
+        batched = torch.randn(3, *tensor.shape, dtype=torch.float64)
+        operands.append(tensor.double() if dim is None else batched.movedim(0, dim))
+
+    def first(f: Callable[..., Tensor]) -> Callable[..., Any]:
+        return grad(lambda w, b, x: f(x, w, b).pow(3).sum(), (0, 1, 2))
+
+    def second(f: Callable[..., Tensor]) -> Callable[..., Any]:
+        return grad(lambda *a: sum(g.pow(2).sum() for g in first(f)(*a)), (0, 1, 2))
+
+    for order in (lambda f: lambda w, b, x: f(x, w, b), first, second):
+        ours = vmap(order(functional.linear_relu), in_dims)(*operands)
+        right = vmap(order(lambda x, w, b: torch.relu(F.linear(x, w, b))), in_dims)(*operands)
+        torch.testing.assert_close(ours, right)
+
+
+def test_an_ensemble_of_models() -> None:
+    """torch.func.stack_module_state: each model has weights of its own."""
+    models = [SimpleNN(6, 8, 4) for _ in range(3)]
+    parameters, buffers = stack_module_state(models)
+    x = torch.randn(5, 6)
+    y = vmap(lambda p, b, x: functional_call(models[0], (p, b), (x,)), (0, 0, None))(parameters, buffers, x)
+    torch.testing.assert_close(y, torch.stack([model(x) for model in models]))
+
+
+@pytest.mark.parametrize("when", ["imported before", "made before"])
+def test_flops_are_counted_as_pytorchs(when: str) -> None:
+    """The counter may have been made before our first operator told it."""
+    step, (w, x) = Step("cpu"), (torch.randn(4, 6, requires_grad=True), torch.randn(5, 6, requires_grad=True))
+    labels = torch.tensor([0, 1, 2, 3, 0])
+
+    def count(call: Callable[[], Tensor]) -> int:
+        counter = FlopCounterMode(display=False)
+        if when == "made before":
+            for operator in registry._flops:
+                counter.flop_registry.pop(operator, None)
+        with counter:
+            call().backward()
+        return counter.get_total_flops()
+
+    assert count(lambda: step.ours(step.x, step.target)) == 2 * 5 * (2 * 6 * 8 + 3 * 8 * 4)
+    assert count(lambda: F.cross_entropy(step.plain(step.x), step.target)) == 2 * 5 * (2 * 6 * 8 + 3 * 8 * 4)
+    for reduction, products in (("mean", 3), ("none", 4)):  # "none" computes the logits again
+        call = partial(functional.linear_cross_entropy, x, w, labels, reduction=reduction, chunk_rows=2)
+        assert count(lambda call=call: call().sum()) == products * 2 * 5 * 6 * 4
+
+
+def test_importing_fusednn_does_not_import_the_flop_counter() -> None:
+    """Which imports Triton, for a quarter of a second."""
+    program = "import sys, fusednn; sys.exit('torch.utils.flop_counter' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_symbolic_trace() -> None:
+    """torch.fx sees our functions as it sees PyTorch's: one node each."""
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.criterion = SimpleNN(6, 8, 4), CrossEntropyLoss(label_smoothing=0.1)
+
+        def forward(self, x: Tensor, target: Tensor) -> Tensor:
+            return self.criterion(self.model(x), target)
+
+    loss, x, target = Loss(), torch.randn(5, 6), torch.tensor([0, 1, 2, 3, -100])
+    traced = torch.fx.symbolic_trace(loss)
+    functions = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert functions == [functional.linear_relu, functional.linear, functional.cross_entropy]
+    torch.testing.assert_close(traced(x, target), loss(x, target))
+
+
+def test_torch_function_overrides_ours_too() -> None:
+    """A subclass or a mode that overrides PyTorch's functions sees ours with all their arguments."""
+    seen: list[tuple[Any, dict[str, Any]]] = []
+
+    class Logged(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.__module__ == "fusednn.functional":
+                seen.append((func, kwargs or {}))
+            return super().__torch_function__(func, types, args, kwargs)
+
+    x, w, labels = torch.randn(5, 6), torch.randn(4, 6), torch.tensor([0, 1, 2, 3, 0])
+    for arguments in ((x.as_subclass(Logged), w), (x, w.as_subclass(Logged))):
+        y = functional.linear_relu(*arguments)
+        assert type(y) is Logged
+        torch.testing.assert_close(y.as_subclass(torch.Tensor), functional.linear_relu(x, w))
+    functional.linear(x.as_subclass(Logged), w)
+    options = {"weight": torch.rand(4), "ignore_index": 1, "reduction": "sum", "label_smoothing": 0.1}
+    for call, arguments in (
+        (functional.cross_entropy, (x @ w.T, labels)),
+        (functional.linear_cross_entropy, (x, w, labels)),
+    ):
+        logged = call(arguments[0].as_subclass(Logged), *arguments[1:], **options)
+        torch.testing.assert_close(logged.as_subclass(torch.Tensor), call(*arguments, **options))
+    names = [func.__name__ for func, _ in seen]
+    assert names == ["linear_relu", "linear_relu", "linear", "cross_entropy", "linear_cross_entropy"]
+    assert all(kwargs[name] == value for name, value in list(options.items())[1:] for _, kwargs in seen[3:])
+
+
+def test_export_and_reload(tmp_path: Path) -> None:
+    step, path = Step("cpu"), tmp_path / "model.pt2"
+    rows = torch.export.Dim("rows", min=2)
+    torch.export.save(torch.export.export(step.model, (step.x,), dynamic_shapes=({0: rows},)), path)
+    x = torch.randn(9, 6)
+    torch.testing.assert_close(torch.export.load(path).module()(x), step.plain(x))
+
+
 @loops
 def test_per_sample_gradients() -> None:
     step = Step("cpu")
@@ -302,6 +472,7 @@ def test_cuda_graph() -> None:
     """Nothing syncs: a whole training step can be captured and replayed."""
     step = Step("cuda")
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             step.model.zero_grad()

@@ -1,4 +1,4 @@
-"""Cross entropy of whatever hypothesis comes up with, against PyTorch in float64: shapes, strides, all arguments."""
+"""The operations on whatever hypothesis comes up with, against PyTorch in float64: shapes, strides, all arguments."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fusednn import functional
-from tests.accuracy import DTYPES, UNIT
+from tests.accuracy import DTYPES, UNIT, assert_product
 
 QUICK = settings(
     max_examples=60, deadline=None, derandomize=True, database=None,
@@ -108,3 +108,52 @@ def test_cross_entropy(call: dict[str, Any]) -> None:
         within = finite & (wanted.abs() < torch.finfo(x.dtype).max)
         torch.testing.assert_close(value[within].double(), wanted[within], **tolerance)
     assert torch.equal(x, call["x"])
+
+
+@st.composite
+def layers(draw: Any) -> dict[str, Any]:
+    """x, W, b and the incoming gradient of any strides, and which of the first three want a gradient."""
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    sizes = st.one_of(st.integers(0, 3), st.integers(1, 40))
+    leading, n, k = draw(st.lists(st.integers(0, 4), max_size=2)), draw(sizes), draw(sizes)
+    leading = draw(st.sampled_from([leading, [draw(sizes)]]))
+    dtype = draw(st.sampled_from(DTYPES))
+    shapes = {"x": (*leading, k), "w": (n, k), "b": (n,), "dy": (*leading, n)}
+    tensors = {name: draw(views(shape))(torch.randn(shape).to(dtype)) for name, shape in shapes.items()}
+    if draw(st.booleans()):
+        tensors["b"] = None
+    needs = {name: draw(st.booleans()) for name in ("x", "w", "b") if tensors[name] is not None}
+    return tensors | {"needs": needs, "relu": draw(st.booleans())}
+
+
+@pytest.mark.usefixtures("small_tiles")
+@QUICK
+@given(call=layers())
+def test_linear(call: dict[str, Any]) -> None:
+    x, w, b, dy = (call[name] for name in ("x", "w", "b", "dy"))
+    before = [None if tensor is None else tensor.clone() for tensor in (x, w, b, dy)]
+    leaves = {name: call[name].detach().requires_grad_(need) for name, need in call["needs"].items()}
+    operation = functional.linear_relu if call["relu"] else functional.linear
+    y = operation(leaves["x"], leaves["w"], leaves.get("b"))
+    wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
+    grads = iter(torch.autograd.grad(y, wanted, dy) if wanted else [])
+    for tensor, old in zip((x, w, b, dy), before, strict=True):
+        assert tensor is None or torch.equal(tensor, old)
+
+    x, w, dy = (tensor.double().flatten(0, -2) if tensor.dim() > 1 else tensor.double()[None] for tensor in (x, w, dy))
+    exact, magnitude = x @ w.T, x.abs() @ w.abs().T
+    if b is not None:
+        exact, magnitude = exact + b.double(), magnitude + b.double().abs()
+    if call["relu"]:
+        exact = exact.clamp(min=0)
+    assert y.shape == call["dy"].shape
+    y = y.detach().reshape(exact.shape)
+    assert_product(y, exact, magnitude)
+    g = torch.where(y <= 0, 0, dy) if call["relu"] else dy
+    rights = {"x": (g @ w, g.abs() @ w.abs()), "w": (g.T @ x, g.abs().T @ x.abs()), "b": (g.sum(0), g.abs().sum(0))}
+    for name, leaf in leaves.items():
+        if leaf.requires_grad:
+            grad, (right, size) = next(grads), rights[name]
+            assert grad.shape == leaf.shape
+            assert grad.dtype == leaf.dtype
+            assert_product(grad.reshape(right.shape), right, size)

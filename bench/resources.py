@@ -63,7 +63,8 @@ class Resources:
     wide: int  # global accesses of 16 bytes or more a lane
     narrow: int  # ... and of less
     instructions: int
-    has_dot: bool
+    warp_group: int  # tensor-core instructions of whole warp groups, wgmma and its successors
+    dot_rows: int  # of the largest product, 0 without one
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,14 @@ def is_aligned(build: Any) -> bool:
 BUDGETS: dict[str, Callable[[Any, str, Resources], bool]] = {
     "no local memory": lambda build, target, used: used.spills == 0,
     "tensor cores": lambda build, target, used: (
-        used.tensor_core > 0 or not used.has_dot or not uses_tensor_cores(build, target)
+        used.tensor_core > 0 or not used.dot_rows or not uses_tensor_cores(build, target)
+    ),
+    "wgmma": lambda build, target, used: (
+        used.warp_group > 0
+        or target != "sm_90"
+        or used.dot_rows < 64
+        or build.dtype == "fp64"
+        or not uses_tensor_cores(build, target)
     ),
     "16-byte accesses": lambda build, target, used: used.wide > 0 or not is_aligned(build),
     "fitting shared memory": lambda build, target, used: used.shared <= SHARED[target],
@@ -139,6 +147,7 @@ def read_nvidia(compiled: Any) -> dict[str, int]:
         "shared": usage["SHARED"] + compiled.metadata.shared,
         "spills": total(found, r"LDL|STL"),
         "tensor_core": total(found, r"([HDIQO]|HG|IG|QG)MMA|UTC\w*MMA"),
+        "warp_group": total(found, r"[HIQ]GMMA|UTC\w*MMA"),
         "wide": total(found, r"(LDG|STG|LDGSTS)\..*\b(128|256)\b|UTMALDG|UTMASTG"),
         "narrow": total(found, r"(LDG|STG|LDGSTS)\b(?!.*\b(128|256)\b)"),
         "instructions": found.total(),
@@ -156,6 +165,7 @@ def read_amd(compiled: Any) -> dict[str, int]:
         "shared": usage["group_segment_fixed_size"] + compiled.metadata.shared,
         "spills": max(total(found, r"scratch_"), usage["vgpr_spill_count"]),
         "tensor_core": total(found, r"v_mfma_"),
+        "warp_group": 0,
         "wide": total(found, r"(global|buffer)_(load|store)_(lds_)?dwordx4"),
         "narrow": total(found, r"(global|buffer)_(load|store)_(?!(lds_)?dwordx4)"),
         "instructions": found.total(),
@@ -180,7 +190,8 @@ def measure(task: Task) -> dict[str, Any]:
         build = builds_of(task.module, task.target)[task.index]
         compiled = compile_build(build, task.target)
         read = read_nvidia if TARGETS[task.target].backend == "cuda" else read_amd
-        used = Resources(**read(compiled), has_dot="tt.dot" in compiled.asm["ttir"])
+        rows = re.findall(r"tt\.dot .*-> tensor<(\d+)x", compiled.asm["ttir"])
+        used = Resources(**read(compiled), dot_rows=max(map(int, rows), default=0))
     except Exception as error:
         return result | {"error": f"{type(error).__name__}: {error}"}
     broken = [name for name, keeps in BUDGETS.items() if not keeps(build, task.target, used)]

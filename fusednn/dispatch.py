@@ -104,11 +104,16 @@ def note(decision: Decision) -> None:
         raise FallbackError(str(decision))
 
 
-def overrule(operation: str, reason: str) -> None:
-    """Report that PyTorch serves `operation` after all: :func:`serves` saw the tensor alone, not every argument."""
+def watched() -> bool:
+    """Whether this thread is inside :func:`explain` or :func:`strict`."""
+    return _watch.active
+
+
+def overrule(operation: str, reason: str, implementation: str = "PyTorch") -> None:
+    """Report that not Triton serves `operation` after all: :func:`serves` saw the tensor alone, not every argument."""
     if _watch.decisions and _watch.decisions[-1].operation == operation:
         _watch.decisions.pop()
-    note(Decision(operation, "PyTorch", reason))
+    note(Decision(operation, implementation, reason))
 
 
 def explain(fn: Callable[..., Any], *inputs: Any, **kwargs: Any) -> tuple[Decision, ...]:

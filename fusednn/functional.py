@@ -74,6 +74,9 @@ def _linear(x: Tensor, w: Tensor, b: Tensor | None, relu: bool) -> Tensor:
         shapes = [None if tensor is None else list(tensor.shape) for tensor in (w, b)]
         dispatch.overrule("linear_relu" if relu else "linear", f"no kernel for weight {shapes[0]}, bias {shapes[1]}")
         return y
+    if dispatch.watched() and ops.is_library(x.numel() // max(1, w.shape[1]), *w.shape):
+        words = f"{x.dtype}, a product for PyTorch's library by the configuration table; the ReLU's mask apart"
+        dispatch.overrule("linear_relu" if relu else "linear", words, "cuBLAS" if x.is_cuda else "PyTorch's library")
     if x.dim() == 2:
         return ops.linear(x, w, b, relu)
     if x.dim() == 1:

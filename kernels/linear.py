@@ -150,19 +150,35 @@ def sum_splits_kernel(partial_ptr, dw_ptr, db_ptr, size_dw, size, splits, BLOCK_
     store(db_ptr + (offs - size_dw), total, mask & (offs >= size_dw))
 
 
-ROW_LIMITS = ((None, 16), (16, None), (64, None), (512, None), (None, None))
+ROW_LIMITS = ((None, 16), (16, None), (64, None), (None, 64), (512, None), (None, None))
 """The size classes of an output [rows, columns]: the largest rows and columns of each; the first that holds."""
 
 CONFIGS = {
     # (block_m, block_n, block_k, num_warps, num_stages) for each size class above, for every architecture.
     # All unmeasured: chosen so that no target spills or runs out of shared memory and every dtype with tensor cores
     # uses them (`make resources`); timings on a card decide the rows later.
-    "fp16": ((64, 16, 64, 4, 3), (16, 32, 64, 4, 3), (32, 32, 32, 4, 3), (64, 64, 32, 4, 2), (128, 128, 32, 8, 3)),
-    "tf32": ((64, 16, 32, 4, 3), (16, 64, 32, 4, 3), (32, 32, 32, 4, 2), (64, 64, 32, 4, 3), (128, 64, 32, 8, 2)),
-    "ieee": ((64, 16, 16, 4, 2), (16, 64, 16, 4, 2), (32, 32, 32, 4, 2), (64, 64, 16, 4, 2), (128, 64, 16, 8, 2)),
-    "fp64": ((16, 16, 16, 4, 2), (16, 32, 16, 4, 3), (32, 32, 16, 4, 2), (32, 32, 16, 4, 2), (64, 64, 16, 8, 2)),
+    "fp16": (
+        (64, 16, 64, 4, 3), (16, 32, 64, 4, 3), (32, 32, 32, 4, 3), (64, 64, 32, 4, 2), (64, 64, 32, 4, 2),
+        (128, 128, 32, 8, 3),
+    ),
+    "tf32": (
+        (64, 16, 32, 4, 3), (16, 64, 32, 4, 3), (32, 32, 32, 4, 2), (64, 64, 32, 4, 3), (64, 64, 32, 4, 3),
+        (128, 64, 32, 8, 2),
+    ),
+    "ieee": (
+        (64, 16, 16, 4, 2), (16, 64, 16, 4, 2), (32, 32, 32, 4, 2), (64, 64, 16, 4, 2), (64, 64, 16, 4, 2),
+        (128, 64, 16, 8, 2),
+    ),
+    "fp64": (
+        (16, 16, 16, 4, 2), (16, 32, 16, 4, 3), (32, 32, 16, 4, 2), (32, 32, 16, 4, 2), (32, 32, 16, 4, 2),
+        (64, 64, 16, 8, 2),
+    ),
 }  # fmt: skip
 CONFIGS["bf16"] = CONFIGS["fp16"]
+
+LIBRARY_SIZE = 1024
+"""A product with more than this in each of its three sizes goes to PyTorch's, cuBLAS on NVIDIA: plain products are not
+our contest, and what fusing saves is small beside them. Unmeasured."""
 
 SPLIT_PROGRAMS = 128
 """Rows of the batch are split until the weight gradient has about this many programs. Unmeasured."""
@@ -180,6 +196,22 @@ def choose(rows: int, columns: int, dtype: torch.dtype, precision: str) -> Launc
         if (most_rows is None or rows <= most_rows) and (most_columns is None or columns <= most_columns):
             return LaunchConfig(*config)
     raise AssertionError("the last size class holds every output")
+
+
+def is_library(m: int, n: int, k: int) -> bool:
+    """Whether PyTorch multiplies for a layer of these sizes, and the mask and bias are passes of their own."""
+    return n > LIBRARY_SIZE and k > LIBRARY_SIZE and m > LIBRARY_SIZE
+
+
+def masked(dy: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+    """The gradient before the ReLU, written out: dy where not (y <= 0), else 0."""
+    return dy if y is None else torch.ops.aten.threshold_backward(dy, y, 0)
+
+
+def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """a b, or a b + bias, by PyTorch, in their dtype also where a backward runs under autocast."""
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
 
 
 def precision_of(x: torch.Tensor) -> str:
@@ -202,11 +234,14 @@ def linear_forward(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, rel
     """act(x Wᵀ + b): x [M, K], w [N, K], b [N] or None, any strides, one dtype -> [M, N], contiguous."""
     m, k = x.shape
     n = w.shape[0]
+    if is_library(m, n, k):
+        y = product(x, w.t(), b)
+        return y.relu_() if relu else y
     y = x.new_empty(m, n)
     if m and n:
-        plan = plan_forward(m, n, x.dtype, precision_of(x), b is not None, relu)
+        planned = plan_forward(m, n, x.dtype, precision_of(x), b is not None, relu)
         bias, (stride_b,) = (x, (0,)) if b is None else (b, b.stride())
-        launch(linear_forward_kernel, plan, x, w, bias, y, m, n, k, *x.stride(), *w.stride(), stride_b)
+        launch(linear_forward_kernel, planned, x, w, bias, y, m, n, k, *x.stride(), *w.stride(), stride_b)
     return y
 
 
@@ -223,11 +258,13 @@ def linear_input_grad(dy: torch.Tensor, y: torch.Tensor | None, w: torch.Tensor)
     """dx [M, K] of dy [M, N], any strides, w [N, K], and y [M, N], the output behind a ReLU, None without one."""
     m, n = dy.shape
     k = w.shape[1]
+    if is_library(m, n, k):
+        return product(masked(dy, y), w)
     dx = dy.new_empty(m, k)
     if m and k:
-        plan = plan_input_grad(m, k, dy.dtype, precision_of(dy), y is not None)
+        planned = plan_input_grad(m, k, dy.dtype, precision_of(dy), y is not None)
         y = dy if y is None else y.contiguous()
-        launch(linear_input_grad_kernel, plan, dy, y, w, dx, m, n, k, *dy.stride(), *w.stride())
+        launch(linear_input_grad_kernel, planned, dy, y, w, dx, m, n, k, *dy.stride(), *w.stride())
     return dx
 
 
@@ -259,6 +296,9 @@ def linear_weight_grad(
     """
     m, n = dy.shape
     k = x.shape[1] if needs_dw else 0
+    if is_library(m, n, k):
+        g = masked(dy, y)
+        return product(g.t(), x), g.sum(0) if needs_db else g.new_empty(0)
     dw = dy.new_empty(n, k) if needs_dw else dy.new_empty(0)
     db = dy.new_empty(n if needs_db else 0)
     size_dw, size = n * k, n * k + n * needs_db

@@ -47,6 +47,12 @@ _linear_weight_grad: Callable[..., tuple[Tensor, Tensor]] = define(
 )
 
 
+def is_library(m: int, n: int, k: int) -> bool:
+    """Whether a layer of these sizes leaves its products to PyTorch: a row of the configuration table says so."""
+    library: bool = kernels("linear").is_library(m, n, k)
+    return library
+
+
 def linear(x: Tensor, w: Tensor, b: Tensor | None, relu: bool) -> Tensor:
     """act(x Wᵀ + b) [M, N] of x [M, K], w [N, K] and b [N] or None, of one dtype and device."""
     return (_record_linear if needs_graph(x, w, b) else _linear)(x, w, b, relu)
@@ -66,7 +72,11 @@ def weight_grad(
 
 
 def _mask(gradient: Tensor, y: Tensor | None) -> Tensor:
-    return gradient if y is None else torch.where(y <= 0, 0, gradient)
+    """m ∘ gradient. PyTorch's own mask, which it can differentiate."""
+    if y is None:
+        return gradient
+    product: Tensor = torch.ops.aten.threshold_backward(gradient, y, 0)
+    return product
 
 
 def _front(tensor: Tensor, dim: int | None) -> Tensor:
@@ -118,6 +128,8 @@ class Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w, y = ctx.saved_tensors
         needs_dx, needs_dw, needs_db, _ = ctx.needs_input_grad
+        if needs_dx and needs_dw and y is not None and is_library(dy.shape[0], *w.shape):
+            dy, y = _mask(dy, y), None  # once for both
         dx = input_grad(dy, y, w) if needs_dx else None
         dw = db = None
         if needs_dw or needs_db:

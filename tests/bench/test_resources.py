@@ -58,7 +58,8 @@ class Crash:
 
 def build(label, kernel, divisible, **constexprs):
     signature = {"x_ptr": "*fp32", "y_ptr": "*fp32"} | ({"N": "i32"} if kernel is double else {})
-    options = {"num_warps": 1 if kernel is center else 4, "num_stages": 2, "enable_fp_fusion": True}
+    warps = 1 if kernel is center else 2 if label == "no warp group" else 4
+    options = {"num_warps": warps, "num_stages": 2, "enable_fp_fusion": True}
     return SimpleNamespace(label=label, kernel=kernel, dtype="fp32", signature=signature, constexprs=constexprs,
                            divisible=divisible, options=options)
 
@@ -70,6 +71,7 @@ def builds(arch):
     yield build("scattered", scatter, pointers, BLOCK=1024)
     yield build("too large", center, pointers, BLOCK=16384)
     yield build("tf32", product, pointers, BLOCK=64, PRECISION="tf32")
+    yield build("no warp group", product, pointers, BLOCK=64, PRECISION="tf32")
     yield build("ieee", product, pointers, BLOCK=32, PRECISION="ieee")
     yield build("wrong", wrong, pointers, BLOCK=64)
     yield build("crash", Crash(), pointers)
@@ -105,6 +107,8 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Comple
         ("gfx942 scattered", ["16-byte accesses"]),
         ("sm_90 too large", ["no local memory"]),
         ("sm_90 tf32", []),
+        ("sm_90 no warp group", ["wgmma"]),
+        ("gfx942 no warp group", []),
         ("sm_90 ieee", []),
     ],
 )
@@ -128,7 +132,8 @@ def test_numbers_of_a_streaming_kernel(checked: Any, target: str, lanes: int) ->
 
 def test_numbers_of_a_product_and_of_a_spill(checked: Any) -> None:
     _, rows = checked
-    assert rows["sm_90 tf32"]["tensor_core"] > 0
+    assert rows["sm_90 tf32"]["tensor_core"] == rows["sm_90 tf32"]["warp_group"] > 0
+    assert (rows["sm_90 tf32"]["dot_rows"], rows["sm_90 aligned"]["dot_rows"]) == (64, 0)
     assert rows["sm_90 ieee"]["tensor_core"] == 0
     assert rows["gfx942 tf32"]["tensor_core"] > 0
     assert rows["sm_90 tf32"]["shared"] >= 64 * 64 * 4
@@ -138,7 +143,7 @@ def test_numbers_of_a_product_and_of_a_spill(checked: Any) -> None:
 
 def test_what_does_not_compile_is_named_and_hides_nothing(checked: Any) -> None:
     run, rows = checked
-    assert len(rows) == 16
+    assert len(rows) == 18
     for target in ("sm_90", "gfx942"):
         assert "this toy does not compile" in rows[f"{target} wrong"]["error"]
         assert rows[f"{target} crash"]["error"] == "the compiler crashed"

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from fusednn import functional
+from fusednn import explain, functional, strict
+from fusednn.kernels import linear as kernels
 
 SMALL = [(1, 1, 1), (3, 1, 17), (17, 3, 1), (1, 17, 3), (2, 17, 3)]
 LARGE = [(33, 65, 130), (65, 130, 33), (130, 33, 65), (1, 130, 33), (65, 3, 130)]
@@ -138,6 +139,61 @@ def test_backward_twice(device: str) -> None:
     y = functional.linear_relu(x, w, b).sum()
     first = torch.autograd.grad(y, (x, w, b), retain_graph=True)
     torch.testing.assert_close(torch.autograd.grad(y, (x, w, b)), first, rtol=0, atol=0)
+
+
+@pytest.fixture
+def small_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of three sizes above 8 are PyTorch's."""
+    monkeypatch.setattr(kernels, "LIBRARY_SIZE", 8)
+
+
+@pytest.mark.usefixtures("small_library")
+@pytest.mark.parametrize("operation", [functional.linear_relu, functional.linear])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_large_products_are_the_librarys(
+    operation: Callable[..., Tensor], bias: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same derivatives of every order, no kernel of ours but for a bias alone, and explain says so."""
+    launch = kernels.launch
+    monkeypatch.setattr(kernels, "launch", None)  # nothing may call it
+    x, w, b = leaves(11, 10, 9, device)
+    arguments = (x, w, b if bias else None)
+    assert gradcheck(operation, arguments, fast_mode=True)
+    assert gradgradcheck(operation, arguments, fast_mode=True)
+    for needs in NEEDS:
+        x, w, b = leaves(11, 10, 9, device, needs)
+        monkeypatch.setattr(kernels, "launch", launch if needs[1:] == (False, True) else None)
+        operands = [tensor for tensor in (x, w, b) if tensor.requires_grad]
+        y, right = operation(x, w, b), F.linear(x, w, b)
+        right = torch.relu(right) if operation is functional.linear_relu else right
+        torch.testing.assert_close(y, right)
+        sent = torch.ones_like(y[:, :1]).expand_as(y)
+        torch.testing.assert_close(torch.autograd.grad(y, operands, sent), torch.autograd.grad(right, operands, sent))
+    with strict():
+        (decision,) = explain(operation, x[None], w, b)
+    assert decision.implementation == ("cuBLAS" if device == "cuda" else "PyTorch's library")
+    assert decision.operation == operation.__name__
+
+
+@pytest.mark.usefixtures("small_library")
+def test_the_library_keeps_nan_and_the_dtype(device: str) -> None:
+    """The gradient passes where the output is NaN, and a backward under autocast does not change dtypes."""
+    x, w, b = (tensor.detach().float().requires_grad_() for tensor in leaves(11, 10, 9, device))
+    with torch.no_grad():
+        x[3, 2] = float("nan")
+    y, right = functional.linear_relu(x, w, b), torch.relu(F.linear(x, w, b))
+    torch.testing.assert_close(y, right, equal_nan=True)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        grads = torch.autograd.grad(y.nan_to_num(0).sum(), (x, w, b))
+    wanted = torch.autograd.grad(right.nan_to_num(0).sum(), (x, w, b))
+    torch.testing.assert_close(grads, wanted, equal_nan=True)
+
+
+def test_which_products_are_the_librarys() -> None:
+    """Only those that are large in every size."""
+    large = kernels.LIBRARY_SIZE + 1
+    assert kernels.is_library(large, large, large)
+    assert not any(kernels.is_library(*sizes) for sizes in itertools.permutations((large - 1, large, large)))
 
 
 def test_what_pytorch_takes_and_no_kernel_does(device: str) -> None:

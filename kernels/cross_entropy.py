@@ -179,15 +179,21 @@ def cross_entropy_forward(
     return loss, grad, log_p, total
 
 
+@lru_cache
+def plan_count(weighted: bool) -> Launch:
+    """The launch of count_labels_kernel as one program."""
+    return plan(1, COUNT_CONFIG, WEIGHTED=weighted, BLOCK_M=COUNT_CONFIG.block_m)
+
+
 def weigh_labels(
     labels: torch.Tensor, weight: torch.Tensor | None, classes: int, ignore_index: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """The weight of the rows with these labels [M], 0-d; `weight` as above."""
     m, total = labels.shape[0], labels.new_zeros((), dtype=dtype)
     if m:
-        one = plan(1, COUNT_CONFIG, WEIGHTED=weight is not None, BLOCK_M=COUNT_CONFIG.block_m)
         arguments = (m, classes, 1, strides_of(labels, classes=False), m, ignore_index)
-        launch(count_labels_kernel, one, labels, labels if weight is None else weight, total, *arguments)
+        weights = labels if weight is None else weight
+        launch(count_labels_kernel, plan_count(weight is not None), labels, weights, total, *arguments)
     return total
 
 

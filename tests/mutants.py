@@ -43,7 +43,7 @@ def of(file: str, kernel: str, *changes: tuple[str, str, str]) -> list[Mutant]:
     return [Mutant(f"{kernel}: {name}", file, f"def {kernel}(", old, new) for name, old, new in changes]
 
 
-LINEAR, NUMERICS = "kernels/linear.py", "kernels/numerics.py"
+LINEAR, NUMERICS, LAUNCH = "kernels/linear.py", "kernels/numerics.py", "kernels/launch.py"
 LAUNCHER, CROSS_ENTROPY = "kernels/cross_entropy.py", "kernels/cross_entropy_kernels.py"
 
 MUTANTS = [
@@ -244,12 +244,30 @@ MUTANTS = [
         ("ties away from even", "((bits >> 16) & 1)", "1"),
         ("NaN", "tl.where(tile == tile, rounded, quiet_nan)", "rounded"),
     ),
+    *of(
+        LINEAR,
+        "product",
+        ("under autocast", "enabled=False", "enabled=True"),
+        ("no bias", "torch.addmm(bias, a, b)", "torch.mm(a, b)"),
+    ),
+    *of(LINEAR, "masked", ("no mask", "torch.ops.aten.threshold_backward(dy, y, 0)", "dy")),
+    *of(LINEAR, "linear_forward", ("the library without a ReLU", "y.relu_() if relu else y", "y")),
+    *of(LINEAR, "linear_input_grad", ("the library without a mask", "product(masked(dy, y), w)", "product(dy, w)")),
+    *of(
+        LAUNCH,
+        "launch",
+        ("kept for any arguments", "(id(kernel), device, types)", "(id(kernel), device)"),
+        ("kept for any device", "(id(kernel), device, types)", "(id(kernel), types)"),
+        ("hooks passed by", "DIRECT and is_plain(kernel)", "DIRECT"),
+        ("any stream", "get_current_stream(device)", "get_current_stream(0)"),
+    ),
     *of(NUMERICS, "sum_dtype", ("float64 in float32", "tl.float64 if dtype == tl.float64 else", "")),
 ]
 """A mask, a stride, a sign, a scale, a dtype: what goes wrong in kernels."""
 
 TESTS = {
-    LINEAR: ["tests/kernels/test_linear.py"],
+    LINEAR: ["tests/kernels/test_linear.py", "tests/functional/test_linear.py"],
+    LAUNCH: ["tests/kernels/test_launch.py"],
     CROSS_ENTROPY: ["tests/kernels/test_cross_entropy.py"],
     LAUNCHER: ["tests/kernels/test_cross_entropy.py"],
     NUMERICS: ["tests/kernels/test_numerics.py", "tests/kernels"],

@@ -74,9 +74,10 @@ def eager(*arguments: Any) -> bool:
     if torch.compiler.is_compiling() or _dispatch_modes() or transforming():
         return False
     for argument in arguments:
-        if not isinstance(argument, torch.Tensor):
-            continue
-        if type(argument) not in _PLAIN or argument.is_neg() or _is_batched(argument):
+        if type(argument) in _PLAIN:
+            if argument.is_neg() or _is_batched(argument):
+                return False
+        elif isinstance(argument, torch.Tensor):
             return False  # a subclass of Tensor may have ideas of its own
     return True
 

@@ -213,8 +213,8 @@ def launched(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> list[s
     return names
 
 
-def test_vmap_adds_no_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its batch is folded into the rows. A gradient for each element is a batched product, which PyTorch has."""
+def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the gradients asked for. vmap adds none: its batch is folded into the rows. A gradient for each element is a batched product, which PyTorch has."""
     f = losses()["linear_relu"][0]
     w, x = torch.randn(4, 6), torch.randn(3, 5, 6)
     forward, dx, dw = "linear_forward", "linear_input_grad", "linear_weight_grad"
@@ -225,6 +225,8 @@ def test_vmap_adds_no_launches(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: vmap(f, (None, 1))(w, x), [forward]),
         (lambda: vmap(vmap(f, batch), batch)(w, x[None].expand(2, 3, 5, 6)), [forward]),
         (lambda: both(w, x[0]), [forward, dx, dw]),
+        (lambda: grad(f)(w, x[0]), [forward, dw]),  # a first layer, whose input needs no gradient
+        (lambda: grad(f, 1)(w, x[0]), [forward, dx]),
         (lambda: grad(lambda w, x: vmap(f, batch)(w, x).sum(), (0, 1))(w, x), [forward, dx, dw]),
         (lambda: vmap(both, batch)(w, x), [forward, dx]),
         (lambda: jacrev(functional.linear_relu, 0)(x[0], w), [forward, dx]),

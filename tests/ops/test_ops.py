@@ -214,7 +214,10 @@ def launched(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> list[s
 
 
 def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the gradients asked for. vmap adds none: its batch is folded into the rows. A gradient for each element is a batched product, which PyTorch has."""
+    """Those of the gradients asked for. vmap adds none: its batch is folded into the rows.
+
+    A gradient for each of its elements is a batched product, which PyTorch has.
+    """
     f = losses()["linear_relu"][0]
     w, x = torch.randn(4, 6), torch.randn(3, 5, 6)
     forward, dx, dw = "linear_forward", "linear_input_grad", "linear_weight_grad"

@@ -59,7 +59,9 @@ def serves(operation: str, x: torch.Tensor) -> bool:
     if _watch.active:
         _tell(operation, x)
     on_device = INTERPRETED if x.is_cpu else x.is_cuda or x.is_xpu
-    return on_device and HAS_TRITON and x.dtype in DTYPES and x.layout is torch.strided and not _is_distributed(x)
+    if not (on_device and HAS_TRITON and x.dtype in DTYPES and x.layout is torch.strided):
+        return False
+    return not (x.is_nested or _is_distributed(x) or torch._C._get_tracing_state())
 
 
 def _is_distributed(x: torch.Tensor) -> bool:
@@ -80,6 +82,10 @@ def _reason_against(x: torch.Tensor) -> str | None:
         return f"no kernel for {x.dtype}"
     if x.layout != torch.strided:
         return f"no kernel for the layout {x.layout}"
+    if x.is_nested:
+        return "a nested tensor"
+    if torch._C._get_tracing_state():
+        return "torch.jit.trace, which follows no kernel"
     if _is_distributed(x):
         return "a DTensor, whose parts lie on several devices"
     return None
@@ -116,7 +122,7 @@ def overrule(operation: str, reason: str, implementation: str = "PyTorch") -> No
     note(Decision(operation, implementation, reason))
 
 
-def explain(fn: Callable[..., Any], *inputs: Any, **kwargs: Any) -> tuple[Decision, ...]:
+def explain(fn: Callable[..., Any], /, *inputs: Any, **kwargs: Any) -> tuple[Decision, ...]:
     """Run ``fn(*inputs, **kwargs)`` without gradients and tell which implementation served each operation, and why.
 
     `fn` is a function or a module; the decisions come in the order of the calls, and each prints as one line.
@@ -136,21 +142,24 @@ def warmup(model: Callable[..., Any], *batch: Any) -> None:
     """Compile ahead what training and inference of `model` on `batch` launch, by running both once.
 
     `model` is a module, or a function such as ``lambda x, t: criterion(model(x), t)``; batches of other sizes need more
-    only if they belong to another row of the configuration tables. Gradients, buffers and the states of the random
-    number generators are left as they were; hooks do run.
+    only if they belong to another row of the configuration tables. Gradients, the buffers of a module and the states of
+    the random number generators are left as they were; hooks do run, and a function's BatchNorms do count.
     """
-    buffers = list(model.buffers()) if isinstance(model, torch.nn.Module) else []
-    kept = [buffer.detach().clone() for buffer in buffers]
-    cards = {x.get_device() for x in (*batch, *buffers) if isinstance(x, torch.Tensor) and x.is_cuda}
-    with torch.random.fork_rng(devices=cards), torch.enable_grad():
-        outputs = [y for y in tree_leaves(model(*batch)) if isinstance(y, torch.Tensor) and y.requires_grad]
-        leaves = _leaves(outputs)
-        if leaves:
-            torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs], allow_unused=True)
-        with torch.no_grad():
-            model(*batch)
-            for buffer, value in zip(buffers, kept, strict=True):
-                buffer.copy_(value)
+    module = model if isinstance(model, torch.nn.Module) else torch.nn.Module()
+    kept = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    tensors = [x for x in (*tree_leaves(batch), *module.parameters(), *module.buffers()) if isinstance(x, torch.Tensor)]
+    with torch.random.fork_rng(devices={x.get_device() for x in tensors if x.is_cuda}), torch.enable_grad():
+        try:
+            outputs = [y for y in tree_leaves(model(*batch)) if isinstance(y, torch.Tensor) and y.requires_grad]
+            leaves = _leaves(outputs)
+            if leaves:
+                torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs], allow_unused=True)
+            with torch.no_grad():
+                model(*batch)
+        finally:
+            with torch.no_grad():
+                for buffer, value in kept:
+                    buffer.copy_(value)
 
 
 def _leaves(outputs: list[torch.Tensor]) -> list[torch.Tensor]:

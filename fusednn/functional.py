@@ -7,6 +7,7 @@ that no kernel takes, which PyTorch then serves (and `explain` says so) or refus
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -74,14 +75,24 @@ def _linear(x: Tensor, w: Tensor, b: Tensor | None, relu: bool) -> Tensor:
         shapes = [None if tensor is None else list(tensor.shape) for tensor in (w, b)]
         dispatch.overrule("linear_relu" if relu else "linear", f"no kernel for weight {shapes[0]}, bias {shapes[1]}")
         return y
-    if dispatch.watched() and ops.is_library(x.numel() // max(1, w.shape[1]), *w.shape):
-        words = f"{x.dtype}, a product for PyTorch's library by the configuration table; the ReLU's mask apart"
-        dispatch.overrule("linear_relu" if relu else "linear", words, "cuBLAS" if x.is_cuda else "PyTorch's library")
+    if dispatch.watched() and not torch.compiler.is_compiling():
+        _tell(x, w, "linear_relu" if relu else "linear")
     if x.dim() == 2:
         return ops.linear(x, w, b, relu)
     if x.dim() == 1:
         return ops.linear(x.unsqueeze(0), w, b, relu).squeeze(0)
     return ops.linear(x.flatten(0, -2), w, b, relu).view(*x.shape[:-1], w.shape[0])
+
+
+def _tell(x: Tensor, w: Tensor, operation: str) -> None:
+    """What `explain` says beyond who serves: a product for the library, and a copy."""
+    if ops.is_library(x.numel() // max(1, w.shape[1]), *w.shape):
+        words = f"{x.dtype}, a product for PyTorch's library by the configuration table; the ReLU's mask apart"
+        dispatch.overrule(operation, words, "cuBLAS" if x.is_cuda else "PyTorch's library")
+    leading = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size != 1]
+    if any(outer != size * inner for (_, outer), (size, inner) in pairwise(leading)):
+        copied = "a copy makes the leading dimensions one, which their strides do not allow"
+        dispatch.note(dispatch.Decision("input", "copied", copied))
 
 
 def _linear_takes(x: Tensor, w: Tensor, b: Tensor | None) -> bool:

@@ -11,12 +11,16 @@ What changes is the class of the modules concerned, and :func:`unfuse` changes i
 As for SimpleNN, where a hook could tell the difference the two run one by one, and `explain` says so.
 """
 
+import copy
+import inspect
 import logging
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from . import dispatch
 from .modules import Linear, unobserved
@@ -37,15 +41,15 @@ class Fusion(NamedTuple):
 
 
 class FusedLinear(Linear):
-    """An nn.Linear that applies the ReLU behind it: that of its nn.Sequential when asked to, or those in `relus`."""
+    """An nn.Linear that applies the ReLU behind it: that of its nn.Sequential when asked to, or `fused_relus`."""
 
-    relus: tuple[nn.Module, ...] = ()
+    fused_relus: tuple[nn.Module, ...] = ()
 
     def forward(self, input: Tensor, relu: bool = False) -> Tensor:
         """x Wᵀ + b [*, out_features] of input [*, in_features], or the ReLU of it."""
-        if relu or not self.relus:
+        if relu or not self.fused_relus:
             return super().forward(input, relu)
-        if not all(unobserved(self, relu) for relu in self.relus):
+        if not all(unobserved(self, behind) for behind in self.fused_relus):
             _note_hooks()
             return super().forward(input)
         y = super().forward(input, relu=True)
@@ -58,7 +62,7 @@ class FusedReLU(nn.ReLU):
 
     def forward(self, input: Tensor) -> Tensor:
         """`input` if a FusedLinear marked it, else the ReLU of it."""
-        if not getattr(input, "_relu_applied", False):
+        if getattr(input, "_relu_applied", False) is not True:  # of a torch.fx Proxy any attribute is there
             return super().forward(input)
         input._relu_applied = False  # type: ignore[attr-defined]  # `x += shortcut` may follow, and this ReLU again
         return input
@@ -102,10 +106,14 @@ def _kind(module: nn.Module) -> type[nn.Module]:
 def fuse(model: nn.Module) -> nn.Module:
     """Fuse every nn.Linear of `model` with the nn.ReLU that follows it, in place, and return `model`.
 
-    Parameters, state dict keys and what the model computes stay as they are; :func:`fusions` lists what was fused and
-    what was left alone and why (the logger "fusednn" has it too). Call it before DistributedDataParallel, fully_shard
-    or torch.compile wrap the model, and :func:`unfuse` before its modules are exchanged. A fused Linear outside of an
-    nn.Sequential, called by itself, applies the ReLU too.
+    Parameters and state dict keys stay as they are; :func:`fusions` lists what was fused and what was left alone and
+    why (the logger "fusednn" has it too). Call it before DistributedDataParallel, fully_shard or torch.compile wrap the
+    model, and :func:`unfuse` before its modules are exchanged.
+
+    What the model computes stays too, but for what a trace by torch.fx cannot show, outside of an nn.Sequential: a
+    fused Linear that other code than a traced forward calls, by itself, applies the ReLU; and a forward that does
+    something else with its output depending on the type of its input, the grad mode, a random number or an attribute
+    other than `training` is seen as it goes now. Such a model had better be left as it is.
     """
     unfuse(model)
     analysis = _Analysis(model)
@@ -114,7 +122,7 @@ def fuse(model: nn.Module) -> nn.Module:
     for sequential, linear, _ in analysis.in_sequentials():
         sequential.__class__, linear.__class__ = FusedSequential, FusedLinear
     for linear, relus in analysis.traced_pairs().items():
-        linear.__class__, vars(linear)["relus"] = FusedLinear, tuple(relus)
+        linear.__class__, vars(linear)["fused_relus"] = FusedLinear, tuple(relus)
         for relu in relus:
             relu.__class__ = FusedReLU
     return model
@@ -124,8 +132,8 @@ def unfuse(model: nn.Module) -> nn.Module:
     """Undo :func:`fuse`, in place, and return `model`."""
     for module in model.modules():
         if type(module) in _PLAIN:
-            vars(module).pop("relus", None)
             module.__class__ = _PLAIN[type(module)]
+        vars(module).pop("fused_relus", None)  # from a subclass of a FusedLinear too, which parametrize makes
     return model
 
 
@@ -139,6 +147,17 @@ class _LeafTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+
+def _twin(module: nn.Module, training: bool) -> nn.Module:
+    """`module` with the same children and parameters, and attributes and buffers that its forward may change."""
+    twin = copy.copy(module)
+    vars(twin).update(
+        {name: dict(value) for name, value in vars(module).items() if type(value) is dict},
+        _buffers={name: None if buffer is None else buffer.clone() for name, buffer in module._buffers.items()},
+        training=training,
+    )
+    return twin
 
 
 class _Analysis:
@@ -158,26 +177,37 @@ class _Analysis:
                 self._trace(module)
 
     def _trace(self, module: nn.Module) -> None:
-        training = module.training
         try:
             if "forward" in vars(module):
                 raise TypeError("it was replaced")
-            for mode in (True, False):
-                module.training = mode
-                for node in _LeafTracer().trace(module).nodes:
-                    self._read(module, node)
+            parameters = inspect.signature(module.forward).parameters.values()
+            defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+            # torch.fx does not see a test for None: trace with and without what may be left out
+            for given in ({}, defaults) if defaults else ({},):
+                for mode in (True, False):
+                    twin = _twin(module, mode)
+                    with torch.random.fork_rng(devices=()):
+                        graph = _LeafTracer().trace(twin, given)
+                    kept = {value.node for value in tree_leaves(vars(twin)) if isinstance(value, fx.Proxy)}
+                    for node in graph.nodes:
+                        self._read(twin, node, node in kept)
         except Exception as error:  # whatever the forward of a user raises when it gets no tensors
             words = str(error).strip().splitlines() or [type(error).__name__]
             name = f"{self.names[module]}, a {type(module).__name__}," if self.names[module] else type(module).__name__
             for inner in module.modules():
                 self.opaque[inner] = f"torch.fx cannot trace the forward of {name} that may call it: {words[0]}"
-        finally:
-            module.training = training
 
-    def _read(self, module: nn.Module, node: fx.Node) -> None:
+    def _read(self, module: nn.Module, node: fx.Node, kept: bool) -> None:
         callee = _called(module, node)
+        if node.op == "get_attr":  # a parameter, used by something else than the call of its module: forward(), say
+            owner = module.get_submodule(str(node.target).rpartition(".")[0])
+            if owner in self.uses:
+                self.uses[owner].append(f"{node.target} is used by itself")
         if callee in self.uses:
             users = list(node.users)
+            if kept:
+                self.uses[callee].append("its output is kept as an attribute")
+                return
             behind = _called(module, users[0]) if len(users) == 1 else None
             if behind is not None and _kind(behind) is nn.ReLU:
                 self.uses[callee].append(behind)
@@ -248,4 +278,6 @@ def _refusal(linear: nn.Module) -> str | None:
     """Why a Linear cannot be fused whatever follows it."""
     if _kind(linear) is not nn.Linear:
         return f"a {type(linear).__module__}.{type(linear).__qualname__}, not nn.Linear itself"
+    if type(linear.weight) not in (Tensor, nn.Parameter):
+        return f"its weight is a {type(linear.weight).__qualname__}"
     return "its forward was replaced" if "forward" in vars(linear) else None

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from typing import Any
 
 import numpy as np
@@ -117,6 +118,33 @@ def test_warmup_launches_what_training_does_and_leaves_no_trace(device: str, mon
         names.clear()
         warmup(model, x)
     assert "linear_weight_grad_kernel" in names
+
+
+def test_warmup_restores_buffers_of_a_model_that_fails(device: str) -> None:
+    model, before = Stateful(device), copy.deepcopy(Stateful(device).norm.state_dict())
+    model.norm.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        warmup(model, torch.randn(5, 6, device=device))
+    torch.testing.assert_close(dict(model.norm.state_dict()), dict(before), rtol=0, atol=0)
+
+
+def test_what_pytorch_serves_by_the_kind_of_tensor(device: str) -> None:
+    """Nested tensors, and torch.jit.trace, in which sizes are tensors."""
+    x, w = torch.randn(5, 6, device=device), torch.randn(4, 6, device=device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the one is a prototype, the other deprecated
+        nested = torch.nested.nested_tensor([x, x[:2]])
+        traced = torch.jit.trace(lambda x: functional.linear_relu(x, w), (x,))
+    assert torch.equal(functional.linear(nested, w)[1], nn.functional.linear(nested, w)[1])
+    assert explain(functional.linear, nested, w)[0].reason == "a nested tensor"
+    torch.testing.assert_close(traced(x[:3]), functional.linear_relu(x[:3], w))
+
+
+def test_explain_of_a_compiled_function() -> None:
+    x, w = torch.randn(5, 6), torch.randn(4, 6)
+    compiled = torch.compile(lambda x: functional.linear_relu(x, w), fullgraph=True, backend="eager")
+    assert [decision.operation for decision in explain(compiled, x)] == ["linear_relu"]
+    assert explain(lambda fn: functional.linear(fn, w), fn=x)
 
 
 def test_strict_is_of_its_thread() -> None:

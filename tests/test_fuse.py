@@ -90,6 +90,38 @@ class InTraining(Layers):
         return y + before[..., :4] if self.training else y
 
 
+class Default(Layers):
+    """What torch.fx does not follow: a Proxy is never None."""
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        before = self.fc1(x)
+        if skip is None:
+            skip = before
+        return self.fc3(self.relu(self.fc2(self.relu(before))) + skip)
+
+
+class Kept(Layers):
+    """The pre-activation is kept for somebody; and there is state that a trace must not move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(()))
+        self.calls, self.before = 0, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        self.calls += 1
+        self.before = self.fc1(x)
+        return self.fc3(self.relu(self.fc2(self.relu(self.before)))) + self.before[..., :4] * 0 + torch.rand(()) * 0
+
+
+class CalledForward(Layers):
+    """The Linear's forward is called too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc3(self.relu(self.fc2(self.relu(self.fc1(x)) + self.fc1.forward(x))))
+
+
 class Lora(nn.Module):
     """A Linear with a low-rank update beside it."""
 
@@ -160,6 +192,9 @@ NETS: dict[str, tuple[Any, list[str]]] = {
     "pre-activation": (PreActivation, ["fc2"]),
     "mixed": (Mixed, ["fc1", "fc2"]),
     "in training": (InTraining, ["fc2"]),
+    "default": (Default, ["fc2"]),
+    "kept": (Kept, ["fc2"]),
+    "called forward": (CalledForward, ["fc2"]),
     "weight_norm": (weight_norm, ["3"]),
     "weight_norm by hook": (weight_norm_by_hook, ["0", "3"]),
     "LoRA": (lora, []),
@@ -197,7 +232,7 @@ def test_values_and_gradients(name: str, training: bool, device: str) -> None:
     assert [type(module).__name__ for module in model.modules()] == [
         type(module).__name__ for module in plain.modules()
     ]
-    assert all("relus" not in vars(module) and "linears" not in vars(module) for module in model.modules())
+    assert all("fused_relus" not in vars(module) for module in model.modules())
     torch.testing.assert_close(results(model, x), results(plain, x))
 
 
@@ -249,7 +284,7 @@ def test_copies_stay_fused_and_can_be_undone(name: str, how: str) -> None:
     assert [d.operation for d in explain(other, x)] == [d.operation for d in explain(model, x)]
     torch.testing.assert_close(results(other, x), results(model, x))
     for linear in other.modules():
-        for relu in getattr(linear, "relus", ()):
+        for relu in getattr(linear, "fused_relus", ()):
             assert relu in set(other.modules())  # its own, not the original's
     unfuse(other)
     torch.testing.assert_close(results(other, x), results(made(name), x))
@@ -339,3 +374,36 @@ def test_twice_is_once(device: str) -> None:
     before = fusions(model)
     assert fusions(fuse(fuse(model))) == before
     torch.testing.assert_close(results(model, x), results(made("shared").to(device), x))
+
+
+def test_a_trace_leaves_no_trace() -> None:
+    model = made("kept")
+    random = torch.get_rng_state()
+    fusions(fuse(model))
+    assert (model.steps.item(), model.calls, model.before) == (0, 0, None)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_symbolic_trace_of_a_fused_model() -> None:
+    model, x = fuse(made("mixed")), torch.randn(5, 12, dtype=torch.float64)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), made("mixed")(x))
+
+
+def test_a_parametrization_that_came_later(device: str) -> None:
+    model = fuse(made("layers")).to(device)
+    nn.utils.parametrizations.weight_norm(model.fc1)
+    unfuse(model)
+    x = torch.randn(5, 12, dtype=torch.float64, device=device)
+    torch.testing.assert_close(model.fc1(x), F.linear(x, model.fc1.weight, model.fc1.bias))
+
+
+def test_a_weight_with_ideas_of_its_own_is_left_alone() -> None:
+    class Quantized(Tensor):
+        pass
+
+    model = made("VGG head")
+    model[0].weight = nn.Parameter(model[0].weight.detach().as_subclass(Quantized))
+    assert (
+        fusions(model)[0].reason
+        == "its weight is a test_a_weight_with_ideas_of_its_own_is_left_alone.<locals>.Quantized"
+    )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import overrule
-from .registry import define, kernels, needs_graph, recorded
+from .registry import define, is_batched, kernels, needs_graph, recorded
 
 
 def _weight_grad_fake(dy: Tensor, y: Tensor | None, x: Tensor, needs_dw: bool, needs_db: bool) -> tuple[Tensor, Tensor]:
@@ -55,20 +55,40 @@ def is_library(m: int, n: int, k: int) -> bool:
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None, relu: bool) -> Tensor:
     """act(x Wᵀ + b) [M, N] of x [M, K], w [N, K] and b [N] or None, of one dtype and device."""
-    return (_record_linear if needs_graph(x, w, b) else _linear)(x, w, b, relu)
+    if not needs_graph(x, w, b):
+        return _linear(x, w, b, relu)
+    if _batched_grads(x, w, b):
+        y = torch.nn.functional.linear(x, w, b)
+        return torch.relu(y) if relu else y
+    return _record_linear(x, w, b, relu)
+
+
+def _batched_grads(*tensors: Tensor | None) -> bool:
+    """Whether one is batched by `autograd.grad(..., is_grads_batched=True)`: the graph of a Function would be lost with
+    the batch, so PyTorch's operators serve, which keep theirs.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return any(tensor is not None and is_batched(tensor) for tensor in tensors)
 
 
 def input_grad(dy: Tensor, y: Tensor | None, w: Tensor) -> Tensor:
     """dx [M, K] of dy [M, N] and w [N, K]; y [M, N] is the output behind a ReLU, None without one."""
-    return (_record_input_grad if needs_graph(dy, w) else _linear_input_grad)(dy, y, w)
+    if not needs_graph(dy, w):
+        return _linear_input_grad(dy, y, w)
+    return _mask(dy, y) @ w if _batched_grads(dy, y, w) else _record_input_grad(dy, y, w)
 
 
 def weight_grad(
     dy: Tensor, y: Tensor | None, x: Tensor, needs_dw: bool = True, needs_db: bool = True
 ) -> tuple[Tensor, Tensor]:
     """dW [N, K] and db [N] of dy [M, N] and x [M, K]; what is not needed has no elements."""
-    call = _record_weight_grad if needs_graph(dy, x) else _linear_weight_grad
-    return call(dy, y, x, needs_dw, needs_db)
+    if not needs_graph(dy, x):
+        return _linear_weight_grad(dy, y, x, needs_dw, needs_db)
+    if _batched_grads(dy, y, x):
+        g = _mask(dy, y)
+        return g.mT @ x if needs_dw else g.new_empty(0), g.sum(0) if needs_db else g.new_empty(0)
+    return _record_weight_grad(dy, y, x, needs_dw, needs_db)
 
 
 def _mask(gradient: Tensor, y: Tensor | None) -> Tensor:
@@ -89,9 +109,9 @@ def _fold(tensor: Tensor, dim: int | None, batch: int) -> Tensor:
     return _front(tensor, dim).expand(batch, -1, -1).flatten(0, 1)
 
 
-def _unfold(rows: Tensor, batch: int) -> Tensor:
-    """[B · M, N] as [B, M, N]. vmap refuses an empty batch."""
-    return rows.view(batch, rows.shape[0] // batch, rows.shape[1])
+def _unfold(rows: Tensor, batch: int, like: Tensor, dim: int | None) -> Tensor:
+    """[B · M, N] as [B, M, N], M that of `like`; B may be 0."""
+    return rows.view(batch, _front(like, dim).shape[1], rows.shape[1])
 
 
 def _batched_product(operation: str, a: Tensor, b: Tensor) -> Tensor:
@@ -107,9 +127,13 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, w: Tensor, b: Tensor | None, relu: bool) -> tuple[Tensor, int]:
         x_dim, w_dim, b_dim, _ = in_dims
-        if w_dim is None and b_dim is None:
-            return _unfold(linear(_fold(x, x_dim, info.batch_size), w, b, relu), info.batch_size), 0
-        y = _batched_product("linear_relu" if relu else "linear", _front(x, x_dim), _front(w, w_dim).mT)
+        if w_dim is None:
+            rows, bias = _fold(x, x_dim, info.batch_size), b if b_dim is None else None
+            y = _unfold(linear(rows, w, bias, relu and b_dim is None), info.batch_size, x, x_dim)
+            if b_dim is None:
+                return y, 0
+        else:
+            y = _batched_product("linear_relu" if relu else "linear", _front(x, x_dim), _front(w, w_dim).mT)
         if b is not None:
             y = y + (b if b_dim is None else b.movedim(b_dim, 0).unsqueeze(1))
         return torch.relu(y) if relu else y, 0
@@ -145,7 +169,7 @@ class InputGrad(torch.autograd.Function):
         dy_dim, y_dim, w_dim = in_dims
         if w_dim is None:
             rows = None if y is None else _fold(y, y_dim, info.batch_size)
-            return _unfold(input_grad(_fold(dy, dy_dim, info.batch_size), rows, w), info.batch_size), 0
+            return _unfold(input_grad(_fold(dy, dy_dim, info.batch_size), rows, w), info.batch_size, dy, dy_dim), 0
         g = _mask(_front(dy, dy_dim), None if y is None else _front(y, y_dim))
         return _batched_product("linear_input_grad", g, _front(w, w_dim)), 0
 
@@ -186,18 +210,20 @@ class WeightGrad(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         dy, y, x, ctx.has_dw, ctx.has_db = inputs
+        ctx.set_materialize_grads(False)  # zeros for dW would meet an inf in x
         ctx.save_for_backward(dy, y, x)
 
     @staticmethod
-    def backward(ctx: Any, ddw: Tensor, ddb: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, ddw: Tensor | None, ddb: Tensor | None) -> tuple[Tensor | None, ...]:
         dy, y, x = ctx.saved_tensors
         needs_dy, _, needs_x, *_ = ctx.needs_input_grad
+        ddw, ddb = ddw if ctx.has_dw else None, ddb if ctx.has_db else None
         d_dy = d_x = None
-        if needs_dy and ctx.has_dw:
-            d_dy = _mask(linear(x, ddw, ddb if ctx.has_db else None, False), y)
-        elif needs_dy:
+        if needs_dy and ddw is not None:
+            d_dy = _mask(linear(x, ddw, ddb, False), y)
+        elif needs_dy and ddb is not None:
             d_dy = _mask(ddb.expand_as(dy), y)
-        if needs_x and ctx.has_dw:
+        if needs_x and ddw is not None:
             d_x = input_grad(dy, y, ddw)
         return d_dy, None, d_x, None, None
 

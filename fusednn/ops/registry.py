@@ -19,7 +19,7 @@ _library = torch.library.Library("fusednn", "DEF")
 _flops: dict[Any, Callable[..., int]] = {}
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _dispatch_modes = torch._C._len_torch_dispatch_stack
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
+is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
 """Whether a torch.func transform (grad, vmap, ...) is active."""
@@ -51,19 +51,24 @@ def define(
     def call(*arguments: Any) -> Any:
         if eager(*arguments):
             return implementation(*arguments)
-        if "torch.utils.flop_counter" in sys.modules:
-            _count_flops(sys.modules["torch.utils.flop_counter"])
+        _count_flops()
         return operator(*arguments)
 
     return call
 
 
-def _count_flops(flop_counter: ModuleType) -> None:
+def _count_flops() -> None:
     """Tell PyTorch's counter of our operators. Whoever counts imports it: it imports Triton, which we put off."""
+    flop_counter = sys.modules.get("torch.utils.flop_counter")
+    if flop_counter is None:
+        return
     flop_counter.flop_registry.update(_flops)
     for mode in _get_current_dispatch_mode_stack():
         if hasattr(mode, "counter") and isinstance(mode.counter, flop_counter.FlopCounterMode):
             mode.counter.flop_registry = _flops | mode.counter.flop_registry  # its copy, made before
+
+
+_count_flops._dynamo_marked_constant = True  # type: ignore[attr-defined]  # run, not traced, by torch.compile
 
 
 def eager(*arguments: Any) -> bool:
@@ -75,7 +80,7 @@ def eager(*arguments: Any) -> bool:
         return False
     for argument in arguments:
         if type(argument) in _PLAIN:
-            if argument.is_neg() or _is_batched(argument):
+            if argument.is_neg() or is_batched(argument):
                 return False
         elif isinstance(argument, torch.Tensor):
             return False  # a subclass of Tensor may have ideas of its own

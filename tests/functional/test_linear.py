@@ -134,6 +134,35 @@ def test_leading_dimensions(shape: tuple[int, ...], device: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(y.sum(), (x, w, b)), torch.autograd.grad(right.sum(), (x, w, b)))
 
 
+def test_an_infinity_that_no_gradient_asked_for_meets(device: str) -> None:
+    """The derivative of db alone by dy: dW's part is absent, not zeros times the infinity in x."""
+    x, w, b = leaves(4, 3, 5, device)
+    with torch.no_grad():
+        x[0, 0] = float("inf")
+    results = []
+    for operation in (functional.linear_relu, lambda *a: torch.relu(F.linear(*a))):
+        y = operation(x, w, b)
+        sent = torch.ones_like(y, requires_grad=True)
+        _, db = torch.autograd.grad(y, (w, b), sent, create_graph=True)
+        results.append(torch.autograd.grad(db.pow(2).sum(), sent)[0])
+    assert results[0].isfinite().all()
+    torch.testing.assert_close(*results)
+
+
+def test_explain_tells_of_a_copy(device: str) -> None:
+    """Leading dimensions that are no one dimension in memory; others become rows as they are."""
+    w = torch.randn(5, 4, device=device)
+    for x, copied in (
+        (torch.randn(2, 3, 4, device=device), False),
+        (torch.randn(4, 2, 3, device=device).movedim(0, -1), False),
+        (torch.randn(2, 1, 3, 4, device=device)[:, :, ::2], True),
+        (torch.randn(3, 2, 4, device=device).transpose(0, 1), True),
+        (torch.randn(3, 1, 4, device=device).transpose(0, 1), False),
+    ):
+        assert ("copied" in str(explain(functional.linear, x, w))) == copied
+        assert (x.flatten(0, -2).data_ptr() != x.data_ptr()) == copied
+
+
 def test_backward_twice(device: str) -> None:
     x, w, b = leaves(17, 5, 3, device)
     y = functional.linear_relu(x, w, b).sum()

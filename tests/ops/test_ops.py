@@ -199,6 +199,42 @@ def test_compile_over_torch_func(name: str, transform: str) -> None:
     torch.testing.assert_close(compiled(w, x), TRANSFORMS[transform](theirs)(w, x))
 
 
+@pytest.mark.parametrize("name", losses())
+def test_compile_without_a_gradient(name: str) -> None:
+    """Inference, under no_grad and of tensors that require none: no Function is in the way, the operator is."""
+    torch._dynamo.reset()
+    ours, theirs = losses()[name]
+    w, x = torch.randn(4, 6), torch.randn(5, 6)
+    torch.testing.assert_close(torch.compile(ours, fullgraph=True, backend="aot_eager")(w, x), theirs(w, x))
+    with torch.no_grad():
+        model = Step("cpu").model
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+
+
+@pytest.mark.parametrize("operation", ["linear", "linear_relu"])
+def test_a_graph_of_batched_gradients(operation: str) -> None:
+    """`is_grads_batched=True` with a graph: its second derivative must not get lost with the batch."""
+
+    def second(f: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        torch.manual_seed(1)
+        x, w, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((5, 6), (4, 6), (4,)))
+        jacobian = torch.autograd.functional.jacobian(
+            lambda *a: f(*a).pow(2).sum(0), (x, w, b), vectorize=True, create_graph=True
+        )
+        return torch.autograd.grad(sum(j.pow(2).sum() for j in jacobian), (x, w, b))
+
+    theirs = {"linear": F.linear, "linear_relu": lambda x, w, b: torch.relu(F.linear(x, w, b))}[operation]
+    torch.testing.assert_close(second(getattr(functional, operation)), second(theirs))
+
+
+def test_an_empty_batch_of_vmap() -> None:
+    w, x = torch.randn(4, 6), torch.zeros(0, 5, 6)
+    f, g = losses()["linear_relu"]
+    torch.testing.assert_close(vmap(f, (None, 0))(w, x), vmap(g, (None, 0))(w, x))
+    assert vmap(functional.linear, (0, None))(x, w).shape == (0, 5, 4)
+    assert vmap(grad(f, 1), (None, 0))(w, x).shape == x.shape
+
+
 def launched(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the linear kernels that `call` launches, in order."""
     names: list[str] = []
@@ -234,6 +270,7 @@ def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: vmap(both, batch)(w, x), [forward, dx]),
         (lambda: jacrev(functional.linear_relu, 0)(x[0], w), [forward, dx]),
         (lambda: vmap(f)(w.expand(3, 4, 6) * 2, x), []),
+        (lambda: vmap(functional.linear_relu, (0, None, 0))(x, w, torch.randn(3, 4)), [forward]),
     ):
         assert launched(call, monkeypatch) == kernels
 

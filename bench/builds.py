@@ -94,7 +94,7 @@ def linear_calls(key: str) -> Iterator[tuple[str, Any]]:
         return torch.empty(rows, columns, dtype=dtype, device="meta")
 
     for most_rows, most_columns in linear.ROW_LIMITS:
-        rows, columns, inner = most_rows or 1024, most_columns or 1024, 256
+        rows, columns, inner = most_rows or 1024, most_columns or 512, 256
         x, w = matrix(rows, inner), matrix(columns, inner)
         yield f"{key} {rows}x{columns}", lambda x=x, w=w: linear.linear_forward(x, w, w[:, 0].contiguous(), True)
         dy, w = matrix(rows, inner), matrix(inner, columns)

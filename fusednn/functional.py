@@ -88,7 +88,7 @@ def _tell(x: Tensor, w: Tensor, operation: str) -> None:
     """What `explain` says beyond who serves: a product for the library, and a copy."""
     if ops.is_library(x.numel() // max(1, w.shape[1]), *w.shape):
         words = f"{x.dtype}, a product for PyTorch's library by the configuration table; the ReLU's mask apart"
-        dispatch.overrule(operation, words, "cuBLAS" if x.is_cuda else "PyTorch's library")
+        dispatch.overrule(operation, words, "cuBLAS" if x.is_cuda and not torch.version.hip else "PyTorch's library")
     leading = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size != 1]
     if any(outer != size * inner for (_, outer), (size, inner) in pairwise(leading)):
         copied = "a copy makes the leading dimensions one, which their strides do not allow"

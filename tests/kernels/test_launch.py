@@ -31,7 +31,7 @@ def test_a_kept_kernel_is_launched_as_triton_does() -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=300,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     report = json.loads(result.stdout)

@@ -23,7 +23,7 @@ import fusednn
 from fusednn import reference
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 120  # seconds until a test whose ranks wait for each other for ever fails
+LIMIT = 240  # seconds until a test whose ranks wait for each other for ever fails
 STEPS = 3
 
 Parameters = dict[str, Tensor]

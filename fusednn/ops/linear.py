@@ -92,10 +92,8 @@ def weight_grad(
 
 
 def _mask(gradient: Tensor, y: Tensor | None) -> Tensor:
-    """m ∘ gradient. PyTorch's own mask, which it can differentiate."""
-    if y is None:
-        return gradient
-    product: Tensor = torch.ops.aten.threshold_backward(gradient, y, 0)
+    """m ∘ gradient, by an operator of PyTorch, which it can differentiate."""
+    product: Tensor = kernels("linear").masked(gradient, y)
     return product
 
 

@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fusednn import functional
 
-from .conftest import Stamp, capture, compiled, need, occupy, seconds_left
+from .conftest import Stamp, capture, compiled, need, occupy, peak, seconds_left
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -262,15 +262,6 @@ def from_python(case: Case, benchmark: Any) -> None:
     benchmark.extra_info |= {"calls a round": calls, "peak bytes over the inputs": peak(partial(layer.calls, 1))}
     benchmark.pedantic(layer.calls, args=(calls,), rounds=rounds, warmup_rounds=2)
     benchmark.extra_info |= kernels(layer.calls, min(calls, 10))
-
-
-def peak(run: Callable[[], object]) -> int:
-    """The most bytes allocated while `run` runs, above those before; what Inductor's CUDA graphs hold is not in it."""
-    torch.cuda.synchronize()
-    held = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    return torch.cuda.max_memory_allocated() - held
 
 
 def kernels(run: Callable[[int], object], calls: int) -> dict[str, float]:

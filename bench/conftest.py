@@ -93,6 +93,15 @@ def occupy() -> None:
     torch.cuda._sleep(2_000_000)  # clock cycles
 
 
+def peak(run: Callable[[], object]) -> int:
+    """The most bytes allocated while `run` runs, above those before; what Inductor's CUDA graphs hold is not in it."""
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return torch.cuda.max_memory_allocated() - held
+
+
 def compiled(function: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
     """`function` by Inductor, for the shapes it meets first; what was compiled before is forgotten."""
     torch._dynamo.reset()

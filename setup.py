@@ -36,7 +36,7 @@ setup(
     python_requires=">=3.11",
     # kernels/ is its own folder at the top of the repository and installs as fusednn.kernels through
     # the link fusednn/kernels: a top-level package called `kernels` would overwrite Hugging Face's.
-    packages=["fusednn", "fusednn.app", "fusednn.kernels", "fusednn.ops"],
+    packages=["fusednn", "fusednn.app", "fusednn.kernels", "fusednn.ops", "fusednn.training"],
     package_data={"fusednn": ["py.typed"]},
     install_requires=["torch>=2.11", 'triton>=3.6; platform_system == "Linux"'],
     extras_require=extras,

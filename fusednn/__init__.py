@@ -9,6 +9,7 @@ from . import functional
 from .dispatch import Decision, FallbackError, check_labels, explain, strict, warmup
 from .fuse import Fusion, fuse, fusions, unfuse
 from .modules import CrossEntropyLoss, Linear, LinearCrossEntropyLoss, LinearReLU, SimpleNN
+from .training import train_steps
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "fuse",
     "fusions",
     "strict",
+    "train_steps",
     "unfuse",
     "warmup",
 ]

@@ -24,6 +24,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """What the kernels take."""
 
 
+FALLBACKS = ("PyTorch", "looped")
+"""The implementations that :func:`strict` forbids: PyTorch's operators, and a training loop that Python runs."""
+
+
 class Decision(NamedTuple):
     """Which implementation served an operation, and why."""
 
@@ -70,7 +74,7 @@ def _is_distributed(x: torch.Tensor) -> bool:
     return not (kind is torch.Tensor or kind is torch.nn.Parameter) and kind.__module__ == "torch.distributed.tensor"
 
 
-def _reason_against(x: torch.Tensor) -> str | None:
+def reason_against(x: torch.Tensor) -> str | None:
     """Why PyTorch serves `x`, or None if Triton does."""
     if not HAS_TRITON:
         return "Triton is not installed"
@@ -92,7 +96,7 @@ def _reason_against(x: torch.Tensor) -> str | None:
 
 
 def _tell(operation: str, x: torch.Tensor) -> None:
-    reason = _reason_against(x)
+    reason = reason_against(x)
     if reason is None:
         note(Decision(operation, "Triton interpreter" if x.is_cpu else "Triton", f"{x.device}, {x.dtype}"))
     else:
@@ -102,11 +106,11 @@ def _tell(operation: str, x: torch.Tensor) -> None:
 def note(decision: Decision) -> None:
     """Report `decision` to :func:`explain` and :func:`strict`, where either is active.
 
-    Raises FallbackError inside :func:`strict` if PyTorch serves.
+    Raises FallbackError inside :func:`strict` if it is one of FALLBACKS.
     """
     if _watch.decisions is not None:
         _watch.decisions.append(decision)
-    if _watch.strict and decision.implementation == "PyTorch":
+    if _watch.strict and decision.implementation in FALLBACKS:
         raise FallbackError(str(decision))
 
 

@@ -18,7 +18,8 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import dispatch, ops, reference
 
-_LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+"""The dtypes of labels."""
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -208,7 +209,7 @@ def _cross_entropy_refuses(
         probabilities = target.shape == input.shape and target.dtype in dispatch.DTYPES and ignore_index < 0
         if not probabilities:
             return f"a target of shape {list(target.shape)} and {target.dtype}"
-    elif not (target.dtype in _LABELS and target.shape == _without_classes(input.shape)):
+    elif not (target.dtype in LABELS and target.shape == _without_classes(input.shape)):
         return f"a target of shape {list(target.shape)} and {target.dtype}"
     if weight is not None and not _weight_takes(weight, input, target):
         return "this weight"

@@ -149,7 +149,7 @@ class _LeafTracer(fx.Tracer):
         return True
 
 
-def _twin(module: nn.Module, training: bool) -> nn.Module:
+def twin_of(module: nn.Module, training: bool) -> nn.Module:
     """`module` with the same children and parameters, and attributes and buffers that its forward may change."""
     twin = copy.copy(module)
     vars(twin).update(
@@ -185,7 +185,7 @@ class _Analysis:
             # torch.fx does not see a test for None: trace with and without what may be left out
             for given in ({}, defaults) if defaults else ({},):
                 for mode in (True, False):
-                    twin = _twin(module, mode)
+                    twin = twin_of(module, mode)
                     with torch.random.fork_rng(devices=()):
                         graph = _LeafTracer().trace(twin, given)
                     kept = {value.node for value in tree_leaves(vars(twin)) if isinstance(value, fx.Proxy)}

@@ -2,6 +2,8 @@
 the benchmarks compare with. Imports nothing but torch.
 """
 
+from collections.abc import Callable, Iterator
+from itertools import count
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ def cross_entropy(
     """:func:`torch.nn.functional.cross_entropy`, also of labels of int8, int16 and int32."""
     return F.cross_entropy(
         input,
-        _long(target),
+        as_long(target),
         weight,
         ignore_index=ignore_index,
         reduction=reduction,
@@ -57,7 +59,7 @@ def linear_cross_entropy(
         loss: Tensor = F.linear_cross_entropy(
             input,
             linear_weight,
-            _long(target),
+            as_long(target),
             linear_bias=linear_bias,
             ignore_index=ignore_index,
             options=options,
@@ -68,7 +70,8 @@ def linear_cross_entropy(
     return cross_entropy(F.linear(input, linear_weight, linear_bias), target, ignore_index=ignored, **arguments)
 
 
-def _long(target: Tensor) -> Tensor:
+def as_long(target: Tensor) -> Tensor:
+    """Labels of int8, int16 and int32 as the int64 that PyTorch takes; anything else as it is."""
     small = isinstance(target, Tensor) and target.dtype in (torch.int8, torch.int16, torch.int32)
     return target.long() if small else target
 
@@ -87,3 +90,108 @@ class SimpleNN(nn.Module):
         """Logits [..., output_size] of x [..., input_size]."""
         logits: Tensor = self.fc2(self.relu(self.fc1(x)))
         return logits
+
+
+def train_steps(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    batch_size: int = 32,
+    epochs: int | None = None,
+    steps: int | None = None,
+    shuffle: bool = True,
+    drop_last: bool = False,
+    generator: torch.Generator | None = None,
+    order: str = "torch",
+    seed: int | None = None,
+    criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+    lr_schedule: Any = None,
+    return_accuracy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The loop that :func:`fusednn.train_steps` stands for: what it computes is what this computes.
+
+    Returns the loss of every step, and on request its accuracy: of the rows of the batch that are not ignored, the
+    share whose largest logit, the first of several, is the target's.
+    """
+    criterion = criterion or nn.CrossEntropyLoss()
+    ignored = getattr(criterion, "ignore_index", -100)
+    losses, accuracies = [], []
+    for rows in _batches(len(inputs), batch_size, epochs, steps, shuffle, drop_last, generator, order, seed):
+        rows = rows.to(inputs.device)
+        outputs = model(inputs[rows])
+        loss = criterion(outputs, as_long(targets[rows]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if lr_schedule is not None:
+            lr_schedule.step()
+        losses.append(loss.detach())
+        if return_accuracy:
+            accuracies.append(accuracy(outputs, targets[rows], ignored))
+    trace = torch.stack(losses) if losses else inputs.new_empty(0)
+    if not return_accuracy:
+        return trace
+    return trace, torch.stack(accuracies) if accuracies else inputs.new_empty(0)
+
+
+def accuracy(outputs: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
+    """The share of the rows that are not ignored whose largest logit is the target's, 0-d; NaN where there is none."""
+    if targets.is_floating_point():
+        return (outputs.argmax(1) == targets.argmax(1)).to(outputs.dtype).mean()
+    counted = targets != ignore_index
+    right = (outputs.argmax(1) == targets) & counted
+    return right.sum().to(outputs.dtype) / counted.sum()
+
+
+def _batches(
+    n: int,
+    batch_size: int,
+    epochs: int | None,
+    steps: int | None,
+    shuffle: bool,
+    drop_last: bool,
+    generator: torch.Generator | None,
+    order: str,
+    seed: int | None,
+) -> Iterator[Tensor]:
+    """The rows of each step. An order is drawn when its first step comes, so that a run of some steps draws no more."""
+    done = 0
+    for epoch in count():
+        if epoch == epochs or done == steps:
+            return
+        for rows in draw_order(n, epoch, shuffle, generator, order, seed).split(batch_size):
+            if (drop_last and len(rows) < batch_size) or done == steps:
+                break
+            yield rows
+            done += 1
+
+
+def draw_order(
+    n: int, epoch: int, shuffle: bool, generator: torch.Generator | None, order: str = "torch", seed: int | None = None
+) -> Tensor:
+    """The order of n rows in an epoch, [n] int64: torch.randperm's, or sorted by keys counted from seed and epoch."""
+    if not shuffle:
+        return torch.arange(n)
+    if order == "philox":
+        assert seed is not None
+        return philox(seed, epoch, torch.arange(n)).argsort(stable=True)
+    return torch.randperm(n, generator=generator, device=generator.device if generator is not None else None)
+
+
+def philox(seed: int, epoch: int, index: Tensor) -> Tensor:
+    """63 random bits for each `index`, int64 in 0 to 2^32 - 1, of an epoch: Philox4x32-10 (Salmon et al., 2011).
+
+    The counter is (index, 0, epoch's low and high half), the key the halves of `seed`, 0 to 2^64 - 1.
+    """
+    low = 0xFFFFFFFF
+    zero = torch.zeros_like(index)
+    c = [index, zero, zero + (epoch & low), zero + (epoch >> 32)]
+    keys = [seed & low, (seed >> 32) & low]
+    for _ in range(10):
+        products = [multiplier * word for multiplier, word in zip((0xD2511F53, 0xCD9E8D57), (c[0], c[2]), strict=True)]
+        high0, high1 = ((product >> 32) & low for product in products)  # int64 wraps; the 64 bits are right
+        c = [high1 ^ c[1] ^ keys[0], products[1] & low, high0 ^ c[3] ^ keys[1], products[0] & low]
+        keys = [(keys[0] + 0x9E3779B9) & low, (keys[1] + 0xBB67AE85) & low]
+    return ((c[0] << 32) | c[1]) & 0x7FFFFFFFFFFFFFFF

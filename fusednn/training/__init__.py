@@ -1,0 +1,126 @@
+"""train_steps: the textbook training loop as one call."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .. import dispatch
+from ..modules import CrossEntropyLoss
+from .interrupts import Interrupts
+from .job import check
+from .looped import Looped
+from .plan import choose
+
+__all__ = ["train_steps"]
+
+
+def train_steps(
+    model: Callable[[Tensor], Tensor],
+    optimizer: Optimizer,
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    batch_size: int = 32,
+    epochs: int | None = None,
+    steps: int | None = None,
+    shuffle: bool = True,
+    drop_last: bool = False,
+    generator: torch.Generator | None = None,
+    order: str = "torch",
+    seed: int | None = None,
+    criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+    lr_schedule: Any = None,
+    return_accuracy: bool = False,
+    on_chunk: Callable[[int, Tensor], object] | None = None,
+    chunk_steps: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Train `model` on `inputs` [N, ...] and `targets` [N, ...], as this loop does, in as few launches as can be:
+
+        for epoch in range(epochs):
+            order = torch.randperm(N, generator=generator) if shuffle else torch.arange(N)
+            for rows in order.split(batch_size):      # the last one ragged, or with drop_last dropped
+                loss = criterion(model(inputs[rows]), targets[rows])
+                optimizer.zero_grad(); loss.backward(); optimizer.step(); lr_schedule.step()
+
+    Exactly one of `epochs` and `steps` is given; after a number of steps the loop ends within an epoch. Parameters,
+    `optimizer.state` and `param_groups`, the schedule and the generator are left where that loop leaves them, so plain
+    PyTorch may go on, and come back; the parameters' gradients are None.
+
+    Returns the loss of every step [steps], on the device of the model and without waiting for it; with
+    `return_accuracy` also each batch's accuracy: of its rows that are not ignored the share whose largest logit is the
+    target's, NaN where there is none.
+
+    * `criterion`: nn.CrossEntropyLoss() if it is None.
+    * `lr_schedule`: a scheduler of torch.optim.lr_scheduler, stepped after every step.
+    * `order`: "torch", or "philox", which draws the order of epoch e, counted from the begin of the call, from `seed`
+      and e alone, the same on every device; `generator` is then not used.
+    * `on_chunk(done, losses)` is called every `chunk_steps` steps, or, without a number, some ten times a second, and
+      after the last step, with the steps done so far and the losses of those since it was last called. It may raise
+      StopIteration to end the training there: what is done counts, and its losses are returned.
+
+    Ctrl-C, and whatever else is raised, leaves whole steps: those that on_chunk was told of.
+
+    Who runs the steps `explain` tells: "resident", where model is Linear, ReLU, Linear of a moderate size in float32 or
+    float64 on a GPU, the criterion nn.CrossEntropyLoss and the optimizer torch.optim's Adam, AdamW or SGD without
+    amsgrad: one program makes all steps, a launch for some 40 ms of them. Or "looped", that loop itself, for all else,
+    and why.
+
+    Raises TypeError and ValueError for arguments that make no sense, ValueError for inputs and targets of different
+    lengths, RuntimeError for those on another device than the model, IndexError for labels out of range on the CPU and
+    within :func:`fusednn.check_labels`; on a GPU such a row makes loss and parameters NaN, as it does in PyTorch's loop
+    with :class:`fusednn.CrossEntropyLoss`. What the loop raises in a step it raises here, the steps before it done.
+    """
+    job = check(
+        model, optimizer, inputs, targets, batch_size=batch_size, epochs=epochs, steps=steps, shuffle=shuffle,
+        drop_last=drop_last, generator=generator, order=order, seed=seed,
+        criterion=CrossEntropyLoss() if criterion is None else criterion, lr_schedule=lr_schedule,
+        return_accuracy=return_accuracy,
+    )  # fmt: skip
+    if chunk_steps is not None and (not isinstance(chunk_steps, int) or chunk_steps < 1):
+        raise ValueError(f"chunk_steps needs a number of steps from 1, not {chunk_steps!r}")
+    name, reason, net = choose(job)
+    dispatch.note(dispatch.Decision("train_steps", name, reason))
+    if net is not None:
+        from .resident import Resident  # imports Triton
+
+        engine: Any = Resident(job, net)
+    else:
+        engine = Looped(job)
+    try:
+        _run(engine, job.steps, on_chunk, chunk_steps)
+    finally:
+        optimizer.zero_grad()
+    traces = [torch.cat(trace) if trace else inputs.new_empty(0) for trace in (engine.losses, engine.accuracies)]
+    return (traces[0], traces[1]) if return_accuracy else traces[0]
+
+
+def _run(engine: Any, steps: int, on_chunk: Callable[[int, Tensor], object] | None, chunk_steps: int | None) -> None:
+    """Let `engine` make `steps` steps, and tell `on_chunk` of them; also of those before an error, which goes on."""
+    told = 0  # how many of the engine's pieces of losses on_chunk has seen
+
+    def tell() -> bool:
+        nonlocal told
+        fresh, told = engine.losses[told:], len(engine.losses)
+        if on_chunk is not None and fresh:
+            try:
+                on_chunk(engine.done, torch.cat(fresh))
+            except StopIteration:
+                return False
+        return True
+
+    try:
+        while engine.done < steps:
+            most = steps - engine.done
+            if chunk_steps is not None:
+                most = min(most, chunk_steps - engine.done % chunk_steps)
+            with Interrupts() as interrupts:
+                engine.advance(most, interrupts)
+            due = chunk_steps is None or engine.done % chunk_steps == 0 or engine.done == steps
+            if due and not tell():
+                return
+    except BaseException:
+        tell()
+        raise

@@ -1,0 +1,123 @@
+"""Finds the net that the training kernels run, Linear, ReLU, Linear, in a user's model."""
+
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from ..fuse import FusedLinear, FusedReLU, twin_of
+from ..modules import Linear, LinearReLU
+
+
+class Net(NamedTuple):
+    """The parameters of Linear, ReLU, Linear: weights [H, I] and [O, H], biases [H] and [O] or None."""
+
+    w1: Tensor
+    b1: Tensor | None
+    w2: Tensor
+    b2: Tensor | None
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Those that are there."""
+        return [parameter for parameter in self if parameter is not None]
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Inputs I, hidden units H, outputs O."""
+        return self.w1.shape[1], self.w1.shape[0], self.w2.shape[0]
+
+    def __str__(self) -> str:
+        return "-".join(map(str, self.sizes))
+
+
+def find_net(model: Any) -> Net | str:
+    """The parameters of `model` if it computes Linear, ReLU, Linear and nobody watches it do so; else why not.
+
+    torch.fx finds it, in the mode that the model is in: neither names nor classes of modules matter.
+    """
+    if not isinstance(model, nn.Module):
+        return "the model is not a module"
+    if _has_any_global_hook() or any(has_hooks(module) for module in model.modules()):
+        return "the model has hooks"
+    if any("forward" in vars(module) for module in model.modules()):
+        return "a forward was replaced"
+    twin = twin_of(model, model.training)
+    before = dict(vars(twin))
+    try:
+        with torch.random.fork_rng(devices=()):
+            graph = _Tracer().trace(twin)
+    except Exception as error:  # whatever the forward of a user raises when it gets no tensors
+        words = str(error).strip().splitlines() or [type(error).__name__]
+        return f"torch.fx cannot trace the model: {words[0]}"
+    if vars(twin).keys() != before.keys() or any(vars(twin)[name] is not before[name] for name in before):
+        return "the model's forward sets attributes"
+    linears = _two_linears(twin, graph)
+    if linears is None:
+        return "the model is not Linear, ReLU, Linear"
+    first, second = linears
+    net = Net(first.weight, first.bias, second.weight, second.bias)
+    return _against(net) or net
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody watches calls of `module`."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _against(net: Net) -> str | None:
+    """Why no kernel can write the parameters of `net`."""
+    for parameter in net.parameters:
+        if type(parameter) is not nn.Parameter or not parameter.requires_grad:
+            return "a parameter is frozen or no plain nn.Parameter"
+        if parameter.layout != torch.strided or not parameter.is_contiguous():
+            return "a parameter is not contiguous"
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            return "a parameter has hooks"
+        if parameter.dtype != net.w1.dtype or parameter.device != net.w1.device:
+            return "the parameters have several dtypes or devices"
+    if len({parameter.data_ptr() for parameter in net.parameters}) < len(net.parameters):
+        return "parameters share memory, or have none"
+    return None
+
+
+class _Tracer(fx.Tracer):
+    """Looks into every module but the layers themselves."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, (nn.Linear, nn.ReLU)) or super().is_leaf_module(m, module_qualified_name)
+
+
+_RELUS = (torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_")
+
+
+def _two_linears(model: nn.Module, graph: fx.Graph) -> tuple[nn.Linear, nn.Linear] | None:
+    """The Linears of a graph that is one chain of an input, a Linear, a ReLU or several, a Linear, and the output."""
+    chain = [node for node in graph.nodes if node.op != "placeholder" or node.users]
+    if any(list(before.users) != [node] or node.all_input_nodes != [before] for before, node in pairwise(chain)):
+        return None
+    steps = [step for node in chain[1:-1] for step in _steps(model, node)]
+    linears = [step for step in steps if isinstance(step, nn.Linear)]
+    names = ["relu" if step == "relu" else "linear" if isinstance(step, nn.Linear) else "other" for step in steps]
+    unrepeated = [name for i, name in enumerate(names) if names[i - 1 : i] != ["relu"] or name != "relu"]
+    if unrepeated != ["linear", "relu", "linear"] or chain[-1].args != (chain[-2],):
+        return None
+    return linears[0], linears[1]
+
+
+def _steps(model: nn.Module, node: fx.Node) -> list[Any]:
+    """What `node` computes: a Linear, "relu", both, or None for anything else."""
+    if node.op != "call_module":
+        return ["relu" if node.target in _RELUS else None]
+    module = model.get_submodule(str(node.target))
+    if type(module) in (nn.ReLU, FusedReLU):
+        return ["relu"]
+    if type(module) not in (nn.Linear, Linear, LinearReLU, FusedLinear):
+        return [None]
+    rectified = type(module) is LinearReLU or node.kwargs.get("relu") or getattr(module, "fused_relus", ())
+    return [module, "relu"] if rectified else [module]

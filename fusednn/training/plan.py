@@ -1,0 +1,74 @@
+"""Which engine runs a job: the one that does exactly what the reference loop does, in the fewest launches."""
+
+import torch
+from torch import Tensor, nn
+
+from .. import dispatch, functional, modules
+from . import optimizers
+from .job import Job
+from .nets import Net, find_net, has_hooks
+
+MOST_CLASSES, MOST_ROWS, MOST_WORK = 128, 512, 2**25
+"""What one program serves: outputs, rows of a batch, and products in a forward (batch · weights). Beyond, many programs
+do better. Unmeasured."""
+
+
+def choose(job: Job) -> tuple[str, str, Net | None]:
+    """The engine for `job`, "resident" or "looped", why, and the net that the kernels train."""
+    if (reason := _against_data(job)) is not None:
+        return "looped", reason, None
+    net = find_net(job.model)
+    if isinstance(net, str):
+        return "looped", net, None
+    reason = _against_net(job, net) or _against_criterion(job, net)
+    reason = reason or optimizers.refusal(job.optimizer, net.parameters, job.lr_schedule)
+    if reason is not None:
+        return "looped", reason, None
+    where = "Triton interpreter" if job.inputs.is_cpu else str(job.inputs.device)
+    return "resident", f"{where}, {job.inputs.dtype}, {net}, batch {job.batch_size}", net
+
+
+def _against_data(job: Job) -> str | None:
+    """Why no training kernel takes the inputs and targets, or None."""
+    inputs, targets = job.inputs, job.targets
+    if (reason := dispatch.reason_against(inputs)) is not None:
+        return reason
+    if torch.is_autocast_enabled(inputs.device.type):
+        return "autocast is on"
+    if inputs.dtype not in (torch.float32, torch.float64):
+        return f"no training kernel for {inputs.dtype}"
+    if type(inputs) is not Tensor or inputs.dim() != 2 or inputs.requires_grad:
+        return "the inputs are not a matrix, or want a gradient"
+    if type(targets) is not Tensor or targets.dim() != 1 or targets.dtype not in functional.LABELS:
+        return "the targets are not a vector of labels"
+    if targets.device != inputs.device:
+        return "inputs and targets are on two devices"
+    return None
+
+
+def _against_net(job: Job, net: Net) -> str | None:
+    rows, weights = min(job.batch_size, job.epoch_rows), net.w1.numel() + net.w2.numel()
+    if net.w1.dtype != job.inputs.dtype or net.w1.device != job.inputs.device:
+        return "the parameters have another dtype or device than the inputs"
+    if job.inputs.shape[1] != net.sizes[0]:
+        return f"the inputs have {job.inputs.shape[1]} columns, and the net is {net}"
+    if net.sizes[2] > MOST_CLASSES or rows > MOST_ROWS or rows * weights > MOST_WORK:
+        return f"{net} with batches of {rows} is too large for one program"
+    return None
+
+
+def _against_criterion(job: Job, net: Net) -> str | None:
+    criterion = job.criterion
+    if type(criterion) not in (nn.CrossEntropyLoss, modules.CrossEntropyLoss) or "forward" in vars(criterion):
+        return f"no training kernel for the criterion {getattr(criterion, '__name__', type(criterion).__name__)}"
+    if has_hooks(criterion):
+        return "the criterion has hooks"
+    if criterion.reduction not in ("mean", "sum") or not 0.0 <= criterion.label_smoothing <= 1.0:
+        return f"no training kernel for reduction {criterion.reduction!r}, label_smoothing {criterion.label_smoothing}"
+    weight = criterion.weight
+    if weight is not None:
+        if weight.shape != (net.sizes[2],) or not weight.is_contiguous() or weight.requires_grad:
+            return "the class weights have another length than the outputs, gaps or a gradient"
+        if weight.dtype != job.inputs.dtype or weight.device != job.inputs.device:
+            return "the class weights have another dtype or device than the inputs"
+    return None

@@ -1,0 +1,59 @@
+"""One step of an optimizer on a tile of a parameter: Adam and AdamW, and SGD with and without momentum.
+
+As torch.optim has them, with g the gradient (its sign turned where the optimizer maximizes), λ the weight decay and t
+the number of the step:
+
+    Adam      g += λ w;  m += (1 - β1)(g - m);  v = β2 v + (1 - β2) g²
+              w -= lr / (1 - β1ᵗ) · m / (√v / √(1 - β2ᵗ) + ε)
+    AdamW     the same without λ w in g; first w *= 1 - lr λ
+    SGD       g += λ w;  w -= lr g
+    momentum  g += λ w;  m = μ m + (1 - damping) g;  w -= lr m, or with Nesterov lr (g + μ m)
+
+What does not depend on gradients comes as a row of numbers for each step and parameter, worked out in float64 on the
+host: fusednn/training/optimizers.py names their places. Kingma and Ba, 2015; Loshchilov and Hutter, 2019.
+"""
+
+import triton
+import triton.language as tl
+
+STEP_SIZE: tl.constexpr = tl.constexpr(0)
+DECAY: tl.constexpr = tl.constexpr(1)
+SHRINK: tl.constexpr = tl.constexpr(2)
+SIGN: tl.constexpr = tl.constexpr(3)
+MOMENTUM: tl.constexpr = tl.constexpr(4)
+UNDAMPED: tl.constexpr = tl.constexpr(5)
+ROOT: tl.constexpr = tl.constexpr(4)
+EPS: tl.constexpr = tl.constexpr(5)
+GRAD_PART: tl.constexpr = tl.constexpr(6)
+SQUARE_KEPT: tl.constexpr = tl.constexpr(7)
+SQUARE_PART: tl.constexpr = tl.constexpr(8)
+ROW: tl.constexpr = tl.constexpr(9)
+
+
+@triton.jit
+def update(
+    w_ptr, m_ptr, v_ptr, offs, mask, g, row_ptr,
+    RULE: tl.constexpr, COUPLED: tl.constexpr, DECOUPLED: tl.constexpr, MAXIMIZE: tl.constexpr,
+):  # fmt: skip
+    """Make the step on the elements `offs` of w, whose gradient is g, and of their state m and v."""
+    w = tl.load(w_ptr + offs, mask=mask, other=0.0)
+    if MAXIMIZE:
+        g *= tl.load(row_ptr + SIGN)
+    if COUPLED:
+        g += tl.load(row_ptr + DECAY) * w
+    if DECOUPLED:
+        w *= tl.load(row_ptr + SHRINK)
+    if RULE == "adam":
+        m = tl.load(m_ptr + offs, mask=mask, other=0.0)
+        m += tl.load(row_ptr + GRAD_PART) * (g - m)
+        tl.store(m_ptr + offs, m, mask=mask)
+        v = tl.load(v_ptr + offs, mask=mask, other=0.0)
+        v = tl.load(row_ptr + SQUARE_KEPT) * v + tl.load(row_ptr + SQUARE_PART) * g * g
+        tl.store(v_ptr + offs, v, mask=mask)
+        g = m / (tl.sqrt(v) * tl.load(row_ptr + ROOT) + tl.load(row_ptr + EPS))
+    elif RULE != "sgd":
+        momentum = tl.load(row_ptr + MOMENTUM)
+        m = momentum * tl.load(m_ptr + offs, mask=mask, other=0.0) + tl.load(row_ptr + UNDAMPED) * g
+        tl.store(m_ptr + offs, m, mask=mask)
+        g = g + momentum * m if RULE == "nesterov" else m
+    tl.store(w_ptr + offs, w - tl.load(row_ptr + STEP_SIZE) * g, mask=mask)

@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import torch
 
-from fusednn.kernels import cross_entropy, linear
+from fusednn.kernels import cross_entropy, linear, mlp_training
 from fusednn.kernels.launch import DTYPE_NAMES, Launch
 
 TYPE_NAMES = DTYPE_NAMES | {torch.int64: "i64", torch.int32: "i32"}
@@ -27,7 +27,8 @@ class Build:
 
     `signature` gives the Triton type of each runtime argument, `constexprs` the value of each compile-time one (integer
     arguments of 1 among them), `divisible` the arguments that the JIT would mark as multiples of 16. A tuple of
-    arguments has a tuple of types, and its element j is called (name, j).
+    arguments has a tuple of types, and its element j is called (name, j). `stack` is how many bytes of local memory a
+    thread may take.
     """
 
     label: str
@@ -37,11 +38,13 @@ class Build:
     constexprs: dict[Any, object]
     divisible: tuple[Any, ...]
     options: dict[str, Any]
+    stack: int = 0
 
 
 def specialise(label: str, kernel: Any, plan: Launch, arguments: tuple[Any, ...]) -> Build:
     """The build that the JIT would make for a launch of `kernel` with `arguments`."""
-    options = {name: plan.options[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+    names = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
+    options = {name: plan.options[name] for name in names if name in plan.options}
     constexprs = {name: value for name, value in plan.options.items() if name not in options}
     signature: dict[str, Any] = {}
     divisible: list[Any] = []
@@ -142,23 +145,71 @@ def cross_entropy_calls(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
         yield name, partial(cross_entropy.scale_gradient, rows, x, labels, None, -100, torch.empty_like(x))
 
 
-def all_builds() -> Iterator[Build]:
+NETS = [(64, 128, 10), (64, 64, 10), (32, 64, 10), (128, 128, 10), (64, 256, 10), (256, 64, 10), (784, 128, 10)]
+"""Inputs, hidden units and outputs of the nets that one program must train within the budgets."""
+
+STACKS = {True: 32, False: 128}
+"""Bytes of local memory that a thread of the training kernel may take, with default options and with others."""
+
+PLAIN = mlp_training.Options(True, False, False, False, "adam", False, False, False)
+EVERYTHING = mlp_training.Options(True, True, True, True, "adam", True, False, True)
+NESTEROV = mlp_training.Options(False, False, True, False, "nesterov", True, False, False)
+ADAMW = mlp_training.Options(True, True, False, True, "adam", False, True, False)
+
+
+def training_calls(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
+    """Steps of each net with a batch that is one tile and one that is several, by default and with all options.
+
+    At 64-128-10 more of the options, a smaller tile, and no biases; in float64 that net alone.
+    """
+    cases = [(sizes, batch, options) for sizes in NETS for batch in (32, 256) for options in (PLAIN, EVERYTHING)]
+    if dtype == torch.float64:
+        cases = cases[:4]
+    else:
+        cases += [(NETS[0], 32, NESTEROV), (NETS[0], 32, ADAMW), (NETS[0], 8, PLAIN), ((100, 96, 100), 32, EVERYTHING)]
+    for sizes, batch, options in cases:
+        inputs, hidden, outputs = sizes
+        x, labels = (
+            torch.empty(60000, inputs, dtype=dtype, device="meta"),
+            torch.empty(60000, dtype=torch.int64, device="meta"),
+        )
+        weights = [x.new_empty(shape) for shape in ((hidden, inputs), (hidden,), (outputs, hidden), (outputs,))]
+        call = partial(
+            mlp_training.train_mlp, x, labels, labels, x.new_empty(outputs), weights, weights, weights,
+            x.new_empty(1000, 4, 9), options, batch_size=batch, position=0, epoch_rows=len(x), ignore_index=-100,
+            label_smoothing=0.1,
+        )  # fmt: skip
+        kind = "default" if options == PLAIN else "all options" if options == EVERYTHING else options.rule
+        yield f"{DTYPE_NAMES[dtype]} {'-'.join(map(str, sizes))} batch {batch} {kind}", call
+
+
+def all_builds(architecture: str) -> Iterator[Build]:
     """The builds behind every call above; several calls ask for the same one."""
     for key in linear.CONFIGS:
         precision = key if DTYPES[key] == torch.float32 else "ieee"
         with patch.object(linear, "precision_of", lambda x, precision=precision: precision):
             for label, call in linear_calls(key):
                 yield from record(linear, label, call)
+    for precision in ("ieee",) if architecture == "other" else ("ieee", "tf32"):
+        with (
+            patch.object(mlp_training, "precision_of", lambda x, precision=precision: precision),
+            patch.object(mlp_training, "architecture_of", lambda x: architecture),
+        ):
+            for dtype in (torch.float32, torch.float64) if precision == "ieee" else (torch.float32,):
+                for label, call in training_calls(dtype):
+                    for build in record(mlp_training, f"{label} {precision}", call):
+                        yield replace(build, stack=STACKS["default" in label])
     for dtype in DTYPE_NAMES:
         for label, call in cross_entropy_calls(dtype):
             yield from record(cross_entropy, label, call)
 
 
 def builds(arch: str) -> list[Build]:
-    """Every build for `arch`, each once. One table serves every architecture, but for the longest rows on chip."""
+    """Every build for `arch`, each once. What the tables tell apart are the longest rows on chip, and training."""
     cross_entropy.plan_forward.cache_clear()
+    architecture = arch if arch.startswith("sm_") else "other"
     with patch.object(cross_entropy, "ON_CHIP", 16384 if arch.startswith("gfx") else 32768):
-        return unique(all_builds())
+        return unique(all_builds(architecture))
 
 
 def unique(builds: Iterator[Build]) -> list[Build]:

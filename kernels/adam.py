@@ -40,7 +40,7 @@ def update(
     if MAXIMIZE:
         g *= tl.load(row_ptr + SIGN)
     if COUPLED:
-        g += tl.load(row_ptr + DECAY) * w
+        g = tl.fma(w, tl.load(row_ptr + DECAY), g)  # as a sum it would become where the product begins, and spill
     if DECOUPLED:
         w *= tl.load(row_ptr + SHRINK)
     if RULE == "adam":

@@ -26,7 +26,8 @@ class LaunchConfig:
     """How one launch is tiled.
 
     A matrix product gives a program `block_m` rows and `block_n` columns of the output and reduces `block_k`
-    at a time; a row-wise kernel gives it `block_m` rows and reads `block_n` columns at a time.
+    at a time; a row-wise kernel gives it `block_m` rows and reads `block_n` columns at a time. `most_registers`, of an
+    NVIDIA GPU's thread, are otherwise the compiler's choice.
     """
 
     block_m: int
@@ -34,6 +35,7 @@ class LaunchConfig:
     block_k: int = 1
     num_warps: int = 4
     num_stages: int = 2
+    most_registers: int | None = None
 
 
 class Launch(NamedTuple):
@@ -52,6 +54,8 @@ def plan(programs: int, config: LaunchConfig, **constexprs: Any) -> Launch:
     if programs >= 2**31:
         raise ValueError(f"{programs} programs do not fit a launch grid of at most {2**31 - 1}")
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    if config.most_registers is not None:
+        options["maxnreg"] = config.most_registers
     return Launch((programs,), constexprs | options, {})
 
 

@@ -130,7 +130,7 @@ def backward_output(
     weights, firsts, seconds, row_ptr, h_ptr, dy_ptr, offs_h, size, scale,
     H: tl.constexpr, O: tl.constexpr, HAS_B1: tl.constexpr,
     RULE: tl.constexpr, COUPLED: tl.constexpr, DECOUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_O: tl.constexpr,
+    ONE_TILE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """Step on the columns `offs_h` of W2 and on b1; leaves dh in the place of h."""
     dtype: tl.constexpr = weights[2].dtype.element_ty
@@ -140,7 +140,7 @@ def backward_output(
     w2 = tl.load(weights[2] + offs_w, mask=mask_w, other=0.0)
     dw2 = tl.zeros((BLOCK_O, BLOCK_H), dtype)
     db1 = tl.zeros((BLOCK_H,), dtype)
-    for b in range(0, size, BLOCK_B):
+    for b in range(0, BLOCK_B if ONE_TILE else size, BLOCK_B):
         offs_b = b + tl.arange(0, BLOCK_B)
         mask_b = offs_b < size
         dy = tl.load(dy_ptr + offs_b[:, None] * BLOCK_O + offs_o[None, :], mask=mask_b[:, None], other=0.0) * scale
@@ -164,7 +164,7 @@ def backward_input(
     x_ptr, order_ptr, w_ptr, m_ptr, v_ptr, row_ptr, dh_ptr, offs_h, size, strides,
     I: tl.constexpr, H: tl.constexpr,
     RULE: tl.constexpr, COUPLED: tl.constexpr, DECOUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr,
+    ONE_TILE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """Step on the rows `offs_h` of W1."""
     dtype: tl.constexpr = w_ptr.dtype.element_ty
@@ -173,7 +173,7 @@ def backward_input(
         offs_i = i + tl.arange(0, BLOCK_I)
         mask_i = offs_i < I
         dw = tl.zeros((BLOCK_H, BLOCK_I), dtype)
-        for b in range(0, size, BLOCK_B):
+        for b in range(0, BLOCK_B if ONE_TILE else size, BLOCK_B):
             offs_b = b + tl.arange(0, BLOCK_B)
             mask_b = offs_b < size
             rows = tl.load(order_ptr + offs_b, mask=mask_b, other=0)
@@ -193,7 +193,7 @@ def mlp_training_kernel(
     I: tl.constexpr, H: tl.constexpr, O: tl.constexpr, HAS_B1: tl.constexpr, HAS_B2: tl.constexpr,
     MEAN: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTHED: tl.constexpr, ACCURACY: tl.constexpr,
     RULE: tl.constexpr, COUPLED: tl.constexpr, DECOUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
+    ONE_TILE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """`steps` steps, the first one `position` rows into an epoch of `epoch_rows`. One program.
 
@@ -207,7 +207,7 @@ def mlp_training_kernel(
         zero = tl.full((), 0, dtype)
         loss, weight, counted, right = zero, zero, zero, zero
         db2 = tl.zeros((BLOCK_O,), dtype)
-        for b in range(0, size, BLOCK_B):
+        for b in range(0, BLOCK_B if ONE_TILE else size, BLOCK_B):
             offs_b = b + tl.arange(0, BLOCK_B)
             mask_b = offs_b < size
             rows = tl.load(order_ptr + offs_b, mask=mask_b, other=0)
@@ -230,12 +230,12 @@ def mlp_training_kernel(
             offs_h = j + tl.arange(0, BLOCK_H)
             backward_output(
                 weights, firsts, seconds, row_ptr, buffers[0], buffers[1], offs_h, size, scale, H, O, HAS_B1,
-                RULE, COUPLED, DECOUPLED, MAXIMIZE, PRECISION, BLOCK_B, BLOCK_H, BLOCK_O,
+                RULE, COUPLED, DECOUPLED, MAXIMIZE, PRECISION, ONE_TILE, BLOCK_B, BLOCK_H, BLOCK_O,
             )  # fmt: skip
             tl.debug_barrier()  # dh is there
             backward_input(
                 x_ptr, order_ptr, weights[0], firsts[0], seconds[0], row_ptr, buffers[0], offs_h, size, strides, I, H,
-                RULE, COUPLED, DECOUPLED, MAXIMIZE, PRECISION, BLOCK_B, BLOCK_H, BLOCK_I,
+                RULE, COUPLED, DECOUPLED, MAXIMIZE, PRECISION, ONE_TILE, BLOCK_B, BLOCK_H, BLOCK_I,
             )  # fmt: skip
         if HAS_B2:
             update(
@@ -248,12 +248,30 @@ def mlp_training_kernel(
 
 
 CONFIGS = {
-    # (block_b, block_h, block_i, num_warps, num_stages): the largest tiles of the batch, hidden units and inputs.
-    # All unmeasured: chosen so that nothing spills on any target (`make resources`).
-    "tf32": (32, 64, 64, 8, 1),
-    "ieee": (32, 64, 64, 16, 1),
-    "fp64": (16, 32, 32, 8, 1),
-}
+    # Of each architecture and precision, rows (most rows of a batch, most inputs, configuration), the first that holds:
+    # (block_b, block_h, block_i, num_warps, num_stages) with the largest tiles of the batch, hidden units and inputs.
+    # All unmeasured: chosen for the fewest instructions a step that spill at most 32 bytes (`make resources`).
+    ("sm_90", "tf32"): (
+        (32, None, (32, 128, 64, 8, 2)), (None, 64, (64, 64, 64, 8, 1)), (None, None, (64, 64, 64, 8, 2)),
+    ),
+    ("sm_100", "tf32"): ((32, None, (32, 128, 64, 8, 1)), (None, None, (64, 64, 64, 8, 1))),
+    ("sm_80", "tf32"): ((32, None, (32, 64, 64, 8, 1)), (None, None, (64, 64, 64, 8, 1))),
+    ("sm_90", "ieee"): ((None, None, (32, 64, 64, 8, 1)),),
+    ("sm_100", "ieee"): ((None, None, (32, 64, 64, 8, 1)),),
+    ("sm_80", "ieee"): ((None, None, (32, 64, 64, 8, 1)),),
+    ("other", "ieee"): ((None, None, (32, 64, 64, 4, 1)),),
+    ("sm_90", "fp64"): ((None, None, (16, 32, 32, 8, 1)),),
+    ("sm_100", "fp64"): ((None, None, (16, 32, 32, 8, 1)),),
+    ("sm_80", "fp64"): ((None, None, (16, 32, 32, 8, 1)),),
+    ("other", "fp64"): ((None, None, (16, 32, 32, 4, 1)),),
+}  # fmt: skip
+
+MOST_WEIGHTS = 2048
+"""Elements of a tile of W2."""
+
+MOST_REGISTERS = 255
+"""ptxas may give each thread of an NVIDIA GPU so many. Left alone it keeps to half of them, for a second program that
+there is not, and spills; or falls off its cliff (see `bench/resources.py`)."""
 
 SMALLEST = 16
 """tl.dot takes no tile with fewer rows or columns."""
@@ -281,21 +299,40 @@ class Options(NamedTuple):
     maximize: bool
 
 
+def choose(sizes: Sizes, architecture: str, precision: str) -> tuple[int, ...]:
+    """The row of the table."""
+    for most_batch, most_inputs, config in CONFIGS[architecture, precision]:
+        if (most_batch is None or sizes.batch <= most_batch) and (most_inputs is None or sizes.inputs <= most_inputs):
+            return config
+    raise AssertionError("the last row holds every size")
+
+
+def architecture_of(x: torch.Tensor) -> str:
+    """The architecture of the device of `x` as the table has them; "other" is AMD, Intel and the interpreter."""
+    if not x.is_cuda or torch.version.hip:
+        return "other"
+    major, _ = torch.cuda.get_device_capability(x.device)
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")  # 12 too has the tensor cores of 8
+
+
 @lru_cache(maxsize=4096)
 def plan_training(
-    sizes: Sizes, has_b1: bool, has_b2: bool, options: Options, dtype: torch.dtype, precision: str
+    sizes: Sizes, has_b1: bool, has_b2: bool, options: Options, architecture: str, dtype: torch.dtype, precision: str
 ) -> tuple[Launch, int]:
     """The launch of mlp_training_kernel, and how many columns its dy has."""
-    config = CONFIGS["fp64" if dtype == torch.float64 else precision]
+    config = choose(sizes, architecture, "fp64" if dtype == torch.float64 else precision)
+    most_registers = None if architecture == "other" else MOST_REGISTERS
     tiles = zip(config[:3], (sizes.batch, sizes.hidden, sizes.inputs), strict=True)
     block_b, block_h, block_i = (min(most, block(size)) for most, size in tiles)
+    block_o = block(sizes.outputs)
+    block_h = min(block_h, max(SMALLEST, MOST_WEIGHTS // block_o))
     flags = {name.upper(): value for name, value in options._asdict().items()}
     launched = plan(
-        1, LaunchConfig(block_b, block_h, block_i, *config[3:]), I=sizes.inputs, H=sizes.hidden, O=sizes.outputs,
-        HAS_B1=has_b1, HAS_B2=has_b2, **flags, PRECISION=precision,
-        BLOCK_B=block_b, BLOCK_H=block_h, BLOCK_I=block_i, BLOCK_O=block(sizes.outputs),
+        1, LaunchConfig(block_b, block_h, block_i, *config[3:], most_registers),
+        I=sizes.inputs, H=sizes.hidden, O=sizes.outputs, HAS_B1=has_b1, HAS_B2=has_b2, **flags, PRECISION=precision,
+        ONE_TILE=sizes.batch <= block_b, BLOCK_B=block_b, BLOCK_H=block_h, BLOCK_I=block_i, BLOCK_O=block_o,
     )  # fmt: skip
-    return launched, block(sizes.outputs)
+    return launched, block_o
 
 
 def block(size: int) -> int:
@@ -334,7 +371,8 @@ def train_mlp(
     steps, (hidden, inputs), outputs = table.shape[0], w1.shape, w2.shape[0]
     batch = min(batch_size, max(1, epoch_rows))
     sizes = Sizes(batch, inputs, hidden, outputs)
-    planned, columns = plan_training(sizes, b1 is not None, b2 is not None, options, x.dtype, precision_of(x))
+    kind = (architecture_of(x), x.dtype, precision_of(x))
+    planned, columns = plan_training(sizes, b1 is not None, b2 is not None, options, *kind)
     losses, accuracies = x.new_empty(steps), x.new_empty(steps if options.accuracy else 0)
     buffers = (x.new_empty(batch, hidden), x.new_empty(batch, columns), losses, accuracies)
     groups = [tuple(w1 if tensor is None else tensor for tensor in group) for group in (weights, firsts, seconds)]

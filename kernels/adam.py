@@ -13,8 +13,13 @@ What does not depend on gradients comes as a row of numbers for each step and pa
 host: fusednn/training/optimizers.py names their places. Kingma and Ba, 2015; Loshchilov and Hutter, 2019.
 """
 
+from functools import lru_cache
+
+import torch
 import triton
 import triton.language as tl
+
+from .launch import Launch, LaunchConfig, cdiv, launch, plan
 
 STEP_SIZE: tl.constexpr = tl.constexpr(0)
 DECAY: tl.constexpr = tl.constexpr(1)
@@ -57,3 +62,47 @@ def update(
         tl.store(m_ptr + offs, m, mask=mask)
         g = g + momentum * m if RULE == "nesterov" else m
     tl.store(w_ptr + offs, w - tl.load(row_ptr + STEP_SIZE) * g, mask=mask)
+
+
+@triton.jit(do_not_specialize=["index"])
+def optimizer_step_kernel(
+    w_ptr, m_ptr, v_ptr, g_ptr, table_ptr, step_ptr, size, parameters, index,
+    RULE: tl.constexpr, COUPLED: tl.constexpr, DECOUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Make the step that `step_ptr` counts on BLOCK_N elements of the parameter number `index` of so many."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = offs < size
+    row_ptr = table_ptr + (tl.load(step_ptr) * parameters + index) * ROW
+    g = tl.load(g_ptr + offs, mask=mask, other=0.0)
+    update(w_ptr, m_ptr, v_ptr, offs, mask, g, row_ptr, RULE, COUPLED, DECOUPLED, MAXIMIZE)
+
+
+STEP_CONFIG = LaunchConfig(1, 1024, num_warps=4)
+"""Unmeasured."""
+
+
+@lru_cache(maxsize=4096)
+def plan_step(size: int, rule: str, coupled: bool, decoupled: bool, maximize: bool) -> Launch:
+    """The launch of optimizer_step_kernel on a parameter of so many elements."""
+    flags = {"RULE": rule, "COUPLED": coupled, "DECOUPLED": decoupled, "MAXIMIZE": maximize}
+    return plan(cdiv(size, STEP_CONFIG.block_n), STEP_CONFIG, **flags, BLOCK_N=STEP_CONFIG.block_n)
+
+
+def optimizer_step(
+    w: torch.Tensor,
+    first: torch.Tensor | None,
+    second: torch.Tensor | None,
+    g: torch.Tensor,
+    table: torch.Tensor,
+    step: torch.Tensor,
+    index: int,
+    rule: tuple[str, bool, bool, bool],
+) -> None:
+    """Make a step on w, whose gradient is g, and on its state: all contiguous, of one shape, float32 or float64.
+
+    `table` [steps, parameters, ROW] has its row at the number in `step`, [1] int64, and at `index`; `rule` is the name
+    of the formula above, whether λ is in g, whether it shrinks w, and whether the sign of g turns.
+    """
+    if w.numel():
+        arguments = (w, w if first is None else first, w if second is None else second, g, table, step)
+        launch(optimizer_step_kernel, plan_step(w.numel(), *rule), *arguments, w.numel(), table.shape[1], index)

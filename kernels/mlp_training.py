@@ -150,6 +150,7 @@ def backward_output(
         dh = tl.where(h <= 0, 0.0, tl.dot(dy, w2, input_precision=PRECISION, out_dtype=dtype))
         db1 += tl.sum(dh, axis=0)
         tl.store(h_ptrs, dh, mask=mask)
+    tl.debug_barrier()  # dh is there, and W2 was read
     update(
         weights[2], firsts[2], seconds[2], offs_w, mask_w, dw2, row_ptr + 2 * ROW, RULE, COUPLED, DECOUPLED, MAXIMIZE
     )
@@ -202,7 +203,7 @@ def mlp_training_kernel(
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     offs_o = tl.arange(0, BLOCK_O)
-    for step in range(steps):
+    for step in tl.range(steps, num_stages=1):  # no load may come before a store of the step before
         size = tl.minimum(batch_size, epoch_rows - position)
         zero = tl.full((), 0, dtype)
         loss, weight, counted, right = zero, zero, zero, zero
@@ -226,13 +227,12 @@ def mlp_training_kernel(
         row_ptr = table_ptr + step * (4 * ROW)
         tl.debug_barrier()  # h and dy are there
 
-        for j in range(0, H, BLOCK_H):
+        for j in tl.range(0, H, BLOCK_H, num_stages=1):
             offs_h = j + tl.arange(0, BLOCK_H)
             backward_output(
                 weights, firsts, seconds, row_ptr, buffers[0], buffers[1], offs_h, size, scale, H, O, HAS_B1,
                 RULE, COUPLED, DECOUPLED, MAXIMIZE, PRECISION, ONE_TILE, BLOCK_B, BLOCK_H, BLOCK_O,
             )  # fmt: skip
-            tl.debug_barrier()  # dh is there
             backward_input(
                 x_ptr, order_ptr, weights[0], firsts[0], seconds[0], row_ptr, buffers[0], offs_h, size, strides, I, H,
                 RULE, COUPLED, DECOUPLED, MAXIMIZE, PRECISION, ONE_TILE, BLOCK_B, BLOCK_H, BLOCK_I,
@@ -320,15 +320,15 @@ def plan_training(
     sizes: Sizes, has_b1: bool, has_b2: bool, options: Options, architecture: str, dtype: torch.dtype, precision: str
 ) -> tuple[Launch, int]:
     """The launch of mlp_training_kernel, and how many columns its dy has."""
-    config = choose(sizes, architecture, "fp64" if dtype == torch.float64 else precision)
     most_registers = None if architecture == "other" else MOST_REGISTERS
-    tiles = zip(config[:3], (sizes.batch, sizes.hidden, sizes.inputs), strict=True)
+    *most, warps, stages = choose(sizes, architecture, "fp64" if dtype == torch.float64 else precision)
+    tiles = zip(most, (sizes.batch, sizes.hidden, sizes.inputs), strict=True)
     block_b, block_h, block_i = (min(most, block(size)) for most, size in tiles)
     block_o = block(sizes.outputs)
     block_h = min(block_h, max(SMALLEST, MOST_WEIGHTS // block_o))
     flags = {name.upper(): value for name, value in options._asdict().items()}
     launched = plan(
-        1, LaunchConfig(block_b, block_h, block_i, *config[3:], most_registers),
+        1, LaunchConfig(block_b, block_h, block_i, warps, stages, most_registers),
         I=sizes.inputs, H=sizes.hidden, O=sizes.outputs, HAS_B1=has_b1, HAS_B2=has_b2, **flags, PRECISION=precision,
         ONE_TILE=sizes.batch <= block_b, BLOCK_B=block_b, BLOCK_H=block_h, BLOCK_I=block_i, BLOCK_O=block_o,
     )  # fmt: skip

@@ -81,12 +81,17 @@ def train_steps(
     )  # fmt: skip
     if chunk_steps is not None and (not isinstance(chunk_steps, int) or chunk_steps < 1):
         raise ValueError(f"chunk_steps needs a number of steps from 1, not {chunk_steps!r}")
-    name, reason, net = choose(job)
-    dispatch.note(dispatch.Decision("train_steps", name, reason))
-    if net is not None:
-        from .resident import Resident  # imports Triton
+    choice = choose(job)
+    dispatch.note(dispatch.Decision("train_steps", choice.engine, choice.reason))
+    engine: Any
+    if choice.net is not None:
+        from .resident import Resident  # imports Triton, as does captured
 
-        engine: Any = Resident(job, net)
+        engine = Resident(job, choice.net)
+    elif choice.captured is not None:
+        from .captured import Captured
+
+        engine = Captured(job, choice.captured)
     else:
         engine = Looped(job)
     try:

@@ -39,6 +39,43 @@ def find_net(model: Any) -> Net | str:
 
     torch.fx finds it, in the mode that the model is in: neither names nor classes of modules matter.
     """
+    graph = _trace(model)
+    if isinstance(graph, str):
+        return graph
+    linears = _two_linears(model, graph)
+    if linears is None:
+        return "the model is not Linear, ReLU, Linear"
+    first, second = linears
+    net = Net(first.weight, first.bias, second.weight, second.bias)
+    return against_parameters(net.parameters) or net
+
+
+PURE: tuple[type[nn.Module], ...] = (
+    nn.Linear, Linear, LinearReLU, FusedLinear, nn.ReLU, FusedReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid,
+    nn.LeakyReLU, nn.ELU, nn.Softplus, nn.LayerNorm, nn.Flatten, nn.Identity,
+)  # fmt: skip
+"""Modules that do the same to any tensors of one shape: nothing random, no state, no look at values from Python."""
+
+
+def find_pure(model: Any) -> list[Tensor] | str:
+    """The parameters of `model` if it is made of such modules alone and nobody watches it; else why not."""
+    graph = _trace(model)
+    if isinstance(graph, str):
+        return graph
+    used: dict[Tensor, None] = {}
+    for node in graph.nodes:
+        module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if module is not None:
+            used |= dict.fromkeys(module.parameters())
+        if not (type(module) in PURE or node.op in ("placeholder", "output") or node.target in _RELUS):
+            return f"the model calls {node.target}"
+    if len(used) < len(list(model.parameters())) or any(model.buffers()):
+        return "the model has parameters that it does not use, or buffers"
+    return against_parameters(list(used)) or list(used)
+
+
+def _trace(model: Any) -> fx.Graph | str:
+    """What `model` calls, in the mode that it is in; or why that cannot be told, or somebody watches it do so."""
     if not isinstance(model, nn.Module):
         return "the model is not a module"
     if _has_any_global_hook() or any(has_hooks(module) for module in model.modules()):
@@ -55,12 +92,7 @@ def find_net(model: Any) -> Net | str:
         return f"torch.fx cannot trace the model: {words[0]}"
     if vars(twin).keys() != before.keys() or any(vars(twin)[name] is not before[name] for name in before):
         return "the model's forward sets attributes"
-    linears = _two_linears(twin, graph)
-    if linears is None:
-        return "the model is not Linear, ReLU, Linear"
-    first, second = linears
-    net = Net(first.weight, first.bias, second.weight, second.bias)
-    return _against(net) or net
+    return graph
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -70,18 +102,18 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _against(net: Net) -> str | None:
-    """Why no kernel can write the parameters of `net`."""
-    for parameter in net.parameters:
+def against_parameters(parameters: list[Tensor]) -> str | None:
+    """Why no kernel can write these."""
+    for parameter in parameters:
         if type(parameter) is not nn.Parameter or not parameter.requires_grad:
             return "a parameter is frozen or no plain nn.Parameter"
         if parameter.layout != torch.strided or not parameter.is_contiguous():
             return "a parameter is not contiguous"
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             return "a parameter has hooks"
-        if parameter.dtype != net.w1.dtype or parameter.device != net.w1.device:
+        if parameter.dtype != parameters[0].dtype or parameter.device != parameters[0].device:
             return "the parameters have several dtypes or devices"
-    if len({parameter.data_ptr() for parameter in net.parameters}) < len(net.parameters):
+    if len({parameter.data_ptr() for parameter in parameters}) < len(parameters):
         return "parameters share memory, or have none"
     return None
 

@@ -1,31 +1,61 @@
 """Which engine runs a job: the one that does exactly what the reference loop does, in the fewest launches."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from .. import dispatch, functional, modules
 from . import optimizers
 from .job import Job
-from .nets import Net, find_net, has_hooks
+from .nets import Net, find_net, find_pure, has_hooks
+
+CAPTURED_STEPS = 50
+"""Fewer steps are not worth the capture of a CUDA graph. Unmeasured."""
 
 MOST_CLASSES, MOST_ROWS, MOST_WORK = 128, 512, 2**25
 """What one program serves: outputs, rows of a batch, and products in a forward (batch · weights). Beyond, many programs
 do better. Unmeasured."""
 
 
-def choose(job: Job) -> tuple[str, str, Net | None]:
-    """The engine for `job`, "resident" or "looped", why, and the net that the kernels train."""
+class Choice(NamedTuple):
+    """The engine, "resident" or "looped", and why; the net that the one trains, the parameters of the other's graph."""
+
+    engine: str
+    reason: str
+    net: Net | None = None
+    captured: list[Tensor] | None = None
+
+
+def choose(job: Job) -> Choice:
+    """The engine for `job`."""
     if (reason := _against_data(job)) is not None:
-        return "looped", reason, None
+        return Choice("looped", reason)
     net = find_net(job.model)
     if isinstance(net, str):
-        return "looped", net, None
-    reason = _against_net(job, net) or _against_criterion(job, net)
-    reason = reason or optimizers.refusal(job.optimizer, net.parameters, job.lr_schedule)
-    if reason is not None:
-        return "looped", reason, None
-    where = "Triton interpreter" if job.inputs.is_cpu else str(job.inputs.device)
-    return "resident", f"{where}, {job.inputs.dtype}, {net}, batch {job.batch_size}", net
+        reason = net
+    else:
+        reason = _against_net(job, net) or _against_criterion(job, net.sizes[2])
+        reason = reason or optimizers.refusal(job.optimizer, net.parameters, job.lr_schedule)
+        if reason is None:
+            where = "Triton interpreter" if job.inputs.is_cpu else str(job.inputs.device)
+            return Choice("resident", f"{where}, {job.inputs.dtype}, {net}, batch {job.batch_size}", net)
+    captured = _captured(job)
+    return Choice("looped", reason if captured is None else f"{reason}; as a CUDA graph", captured=captured)
+
+
+def _captured(job: Job) -> list[Tensor] | None:
+    """The parameters of the model if a step of `job` can be a CUDA graph, else None."""
+    if not job.inputs.is_cuda or torch.version.hip or dispatch.checks_labels():
+        return None
+    if job.steps < CAPTURED_STEPS or not job.epoch_rows or _against_criterion(job, None) is not None:
+        return None
+    parameters = find_pure(job.model)
+    if isinstance(parameters, str) or not parameters or parameters[0].dtype != job.inputs.dtype:
+        return None
+    if parameters[0].device != job.inputs.device or optimizers.refusal(job.optimizer, parameters, job.lr_schedule):
+        return None
+    return parameters
 
 
 def _against_data(job: Job) -> str | None:
@@ -37,8 +67,8 @@ def _against_data(job: Job) -> str | None:
         return "autocast is on"
     if inputs.dtype not in (torch.float32, torch.float64):
         return f"no training kernel for {inputs.dtype}"
-    if type(inputs) is not Tensor or inputs.dim() != 2 or inputs.requires_grad:
-        return "the inputs are not a matrix, or want a gradient"
+    if type(inputs) is not Tensor or inputs.requires_grad:
+        return "the inputs are no plain tensor, or want a gradient"
     if type(targets) is not Tensor or targets.dim() != 1 or targets.dtype not in functional.LABELS:
         return "the targets are not a vector of labels"
     if targets.device != inputs.device:
@@ -50,14 +80,15 @@ def _against_net(job: Job, net: Net) -> str | None:
     rows, weights = min(job.batch_size, job.epoch_rows), net.w1.numel() + net.w2.numel()
     if net.w1.dtype != job.inputs.dtype or net.w1.device != job.inputs.device:
         return "the parameters have another dtype or device than the inputs"
-    if job.inputs.shape[1] != net.sizes[0]:
-        return f"the inputs have {job.inputs.shape[1]} columns, and the net is {net}"
+    if job.inputs.dim() != 2 or job.inputs.shape[1] != net.sizes[0]:
+        return f"the inputs are {list(job.inputs.shape)}, and the net is {net}"
     if net.sizes[2] > MOST_CLASSES or rows > MOST_ROWS or rows * weights > MOST_WORK:
         return f"{net} with batches of {rows} is too large for one program"
     return None
 
 
-def _against_criterion(job: Job, net: Net) -> str | None:
+def _against_criterion(job: Job, outputs: int | None) -> str | None:
+    """Why no kernel computes the loss of so many outputs, which may be unknown; or None."""
     criterion = job.criterion
     if type(criterion) not in (nn.CrossEntropyLoss, modules.CrossEntropyLoss) or "forward" in vars(criterion):
         return f"no training kernel for the criterion {getattr(criterion, '__name__', type(criterion).__name__)}"
@@ -67,7 +98,7 @@ def _against_criterion(job: Job, net: Net) -> str | None:
         return f"no training kernel for reduction {criterion.reduction!r}, label_smoothing {criterion.label_smoothing}"
     weight = criterion.weight
     if weight is not None:
-        if weight.shape != (net.sizes[2],) or not weight.is_contiguous() or weight.requires_grad:
+        if outputs not in (None, len(weight)) or not weight.is_contiguous() or weight.requires_grad:
             return "the class weights have another length than the outputs, gaps or a gradient"
         if weight.dtype != job.inputs.dtype or weight.device != job.inputs.device:
             return "the class weights have another dtype or device than the inputs"

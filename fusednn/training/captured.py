@@ -1,0 +1,113 @@
+"""The loop as a CUDA graph of one step, for nets of many sizes whose optimizer's step is a kernel of ours.
+
+    rows = order[count]
+    loss = criterion(model(inputs[rows]), targets[rows]);  its gradients;  the optimizer's step
+    count += 1
+
+Whatever differs between steps lies on the device: the order of the rows and the optimizer's numbers have a place for
+each step of a chunk, and the count says which. So the graph is replayed as it is. The first steps, and those of ragged
+batches, run the same operations one by one, and come to the same bits.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..kernels.adam import optimizer_step
+from .interrupts import Interrupts
+from .job import Job
+from .optimizers import ROW, KernelOptimizer, Rule, Steps
+from .orders import Rows
+from .pacing import Pace
+
+UNCAPTURED = 3
+"""Steps before the capture, in which kernels are compiled and libraries make their workspaces."""
+
+MOST_STEPS = 1000
+"""The most steps of a chunk."""
+
+
+class Captured:
+    """Runs a job in chunks of replays; `losses` and `accuracies` have those of its `done` steps."""
+
+    def __init__(self, job: Job, parameters: list[Tensor]) -> None:
+        inputs, self.batch = job.inputs, min(job.batch_size, job.epoch_rows)
+        self.job, self.parameters, self.rows, self.done = job, parameters, Rows(job), 0
+        self.optimizer = KernelOptimizer(job.optimizer, parameters, job.lr_schedule)
+        self.losses: list[Tensor] = []
+        self.accuracies: list[Tensor] = []
+        self.pace = Pace(inputs, UNCAPTURED, MOST_STEPS)
+        self.count = torch.zeros(1, dtype=torch.int64, device=inputs.device)
+        self.order = torch.zeros(MOST_STEPS, self.batch, dtype=torch.int64, device=inputs.device)
+        self.table = inputs.new_zeros(MOST_STEPS, len(parameters), ROW)
+        self.traces = inputs.new_zeros(2, MOST_STEPS)
+        self.stream = torch.cuda.Stream(inputs.device) if inputs.is_cuda else None
+        self.taken: Steps | None = None
+        self.replay: Callable[[], None] | None = None
+        self.rule: Rule | None = None  # that of the optimizer when the step was captured
+
+    def advance(self, most: int, interrupts: Interrupts) -> None:
+        """Make at least one and at most `most` steps: full batches, or a ragged one."""
+        left = (self.job.epoch_rows - self.rows.position) // self.batch
+        steps = max(1, min(most, self.pace.chunk, left))
+        with torch.enable_grad():
+            if left and self.done >= UNCAPTURED and self.replay is None and self.taken is not None:
+                self.replay, self.rule = capture(self._step_of_order, self.stream), self.taken.rule
+            self.pace.send(steps, self._run_on_stream)
+        self.done += steps
+
+    def _run_on_stream(self, steps: int) -> None:
+        if self.stream is None:
+            self._run(steps)
+            return
+        current = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            self._run(steps)
+        current.wait_stream(self.stream)
+
+    def _run(self, steps: int) -> None:
+        rows, self.taken = self.rows.take(steps), self.optimizer.take(steps)
+        self.table[:steps].copy_(self.taken.table)
+        self.count.zero_()
+        if len(rows) == steps * self.batch:
+            self.order[:steps].copy_(rows.view(steps, -1))
+            step = self._step_of_order if self.replay is None or self.taken.rule != self.rule else self.replay
+            for _ in range(steps):
+                step()
+        else:
+            self._step(rows)
+        losses, accuracies = self.traces[:, :steps].clone()
+        self.losses.append(losses)
+        if self.job.return_accuracy:
+            self.accuracies.append(accuracies)
+        torch.autograd.graph.increment_version(self.parameters)
+
+    def _step_of_order(self) -> None:
+        self._step(self.order.index_select(0, self.count).view(-1))
+
+    def _step(self, rows: Tensor) -> None:
+        job, taken = self.job, self.taken
+        assert taken is not None
+        targets = job.targets[rows]
+        outputs = job.model(job.inputs[rows])
+        loss = job.criterion(outputs, reference.as_long(targets))
+        gradients = torch.autograd.grad(loss, self.parameters)
+        for index, (w, g) in enumerate(zip(self.parameters, gradients, strict=True)):
+            states = taken.firsts[index], taken.seconds[index]
+            optimizer_step(w, *states, g.contiguous(), self.table, self.count, index, taken.rule)
+        self.traces[0].index_copy_(0, self.count, loss.detach().view(1))
+        if job.return_accuracy:
+            right = reference.accuracy(outputs.detach(), targets, job.criterion.ignore_index)
+            self.traces[1].index_copy_(0, self.count, right.view(1))
+        self.count += 1
+
+
+def capture(step: Callable[[], None], stream: torch.cuda.Stream | None) -> Callable[[], None]:
+    """A function that replays what `step` launches on `stream`."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        step()
+    return graph.replay

@@ -7,13 +7,10 @@ Three measures, each a group of its own for every shape and precision:
                        number of kernels, the sum of their times by the profiler, and the peak of memory
     cold first call    the first call of a process that finds nothing compiled on the disk
 
-`cases` has them in the order of what is worth most, since `make gpu` gives all of them 150 seconds and may not reach
+`cases` has them in the order of what is worth most, since `make gpu` gives all of them 100 seconds and may not reach
 max-autotune then: `python -m pytest bench/bench_linear.py --benchmark-only` by itself has no limit.
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from importlib.util import find_spec
@@ -30,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fusednn import functional
 
-from .conftest import Stamp, capture, compiled, need, occupy, peak, seconds_left
+from .conftest import Stamp, Told, capture, cold, compiled, need, occupy, peak
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -148,19 +145,6 @@ def cases() -> Iterator[Case]:
     yield from some(LARGEST, every, [*ours, *inductor])
     yield from some([LEADING[0], LEADING[2], LEADING[4]], "bf16 tf32", ["torch.compile max-autotune"])
     yield from some(large + LARGEST, "bf16 fp16", ["quack"])
-
-
-@pytest.fixture
-def precision(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Whether float32 products may use TF32.
-
-    By the older of PyTorch's two settings, which sets the newer too: Inductor still reads both, and the newer alone
-    makes max-autotune raise.
-    """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if request.param == "tf32" else "highest")
-    yield request.param
-    torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture(scope="session")
@@ -298,33 +282,13 @@ print(time.perf_counter() - begin)
 """A process that has imported everything and has its tensors on the device, and prints what its first call takes."""
 
 
-class Told:
-    """A clock that goes by what the processes have said that they took."""
-
-    seconds = 0.0
-
-    @classmethod
-    def now(cls) -> float:
-        """All that they said so far."""
-        return cls.seconds
-
-
-def cold(case: Case, folder: Path, device: str = "cuda") -> float:
-    """Seconds of the first call, forward and backward, of a process whose caches of Triton and Inductor are empty."""
-    caches = {name: str(folder / name) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH")}
-    dtype = str(PRECISIONS[case.precision]).removeprefix("torch.")
-    command = [sys.executable, "-c", COLD, case.implementation, device, dtype, *map(str, case.shape)]
-    options: dict[str, Any] = {"env": os.environ | caches, "timeout": seconds_left()}  # its errors go to the log
-    said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, **options).stdout
-    return float(said.splitlines()[-1])
-
-
 def cold_first_call(case: Case, benchmark: Any, folder: Path) -> None:
     """One round: a process more is seconds more."""
     need(COLD_SECONDS)
 
     def process() -> None:
-        Told.seconds += cold(case, folder)
+        dtype = str(PRECISIONS[case.precision]).removeprefix("torch.")
+        Told.seconds += cold(COLD, [case.implementation, "cuda", dtype, *map(str, case.shape)], folder)
 
     benchmark.pedantic(process, rounds=1)
 

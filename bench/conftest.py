@@ -4,6 +4,7 @@ import math
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,8 +18,8 @@ BUDGETS = {
     "linear_relu forward and backward, Python alone": 1.0,
     "training step, 64-128-10, batch 32, cpu": 1.05,
 }
-"""What the design allows. A benchmark may bring its own, as `extra_info["goals"]`: {baseline: the most of its time};
-other groups are printed without a verdict."""
+"""What the design allows. A benchmark may bring its own, as `extra_info["goals"]`: {baseline: the most of its time},
+and `extra_info["most us"]`, the most of a call or step; other groups are printed without a verdict."""
 
 NOTED = ("kernels a call", "kernel us a call", "peak bytes over the inputs")
 """What of `extra_info` is printed beside the time, where the baseline has it too."""
@@ -123,6 +124,40 @@ def capture(call: Callable[[], Any], calls: int = 10) -> torch.cuda.CUDAGraph:
     return graph
 
 
+class Told:
+    """A clock that goes by what the processes have said that they took."""
+
+    seconds = 0.0
+
+    @classmethod
+    def now(cls) -> float:
+        """All that they said so far."""
+        return cls.seconds
+
+
+def cold(program: str, arguments: list[str], folder: Path) -> float:
+    """The seconds that a Python process says it took whose caches of Triton and Inductor, in `folder`, are empty."""
+    caches = {name: str(folder / name) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH")}
+    options: dict[str, Any] = {"env": os.environ | caches, "timeout": seconds_left()}  # its errors go to the log
+    command = [sys.executable, "-c", program, *arguments]
+    root = Path(__file__).resolve().parent.parent
+    said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=root, **options).stdout
+    return float(said.splitlines()[-1])
+
+
+@pytest.fixture
+def precision(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Whether float32 products may use TF32: they may if the parameter is "tf32".
+
+    By the older of PyTorch's two settings, which sets the newer too: Inductor still reads both, and the newer alone
+    makes max-autotune raise.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if request.param == "tf32" else "highest")
+    yield request.param
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """CPU comparisons are of one thread: a second one adds noise, not work."""
@@ -151,14 +186,15 @@ def per_call(benchmark: Any) -> float:
 
 
 def summary(group: str, benchmarks: dict[str, Any]) -> list[str]:
-    """A line for each of a group's `benchmarks`, by implementation, but for the baseline; none without a baseline."""
-    if "eager" not in benchmarks:
-        return []
+    """A line for each of a group's `benchmarks`, by implementation, but for the baseline."""
     times = {name: per_call(benchmark) for name, benchmark in benchmarks.items()}
     lines = []
     for name, seconds in times.items():
-        ratio = seconds / times["eager"]
-        line = f"{group}: {name} {seconds * 1e6:.2f} us, {ratio:.3f} of eager's {times['eager'] * 1e6:.2f} us"
+        line = f"{group}: {name} {seconds * 1e6:.2f} us"
+        if (most := benchmarks[name].extra_info.get("most us")) is not None:
+            line += f" (budget {most} us: {'kept' if seconds * 1e6 <= most else 'BROKEN'})"
+        if "eager" in times:
+            line += f", {seconds / times['eager']:.3f} of eager's {times['eager'] * 1e6:.2f} us"
         goals = benchmarks[name].extra_info.get("goals", {})
         if name == "fusednn" and group in BUDGETS:
             goals = {"eager": BUDGETS[group]}
@@ -167,7 +203,7 @@ def summary(group: str, benchmarks: dict[str, Any]) -> list[str]:
                 ratio = seconds / times[baseline]
                 line += "" if baseline == "eager" else f", {ratio:.3f} of {baseline}'s"
                 line += f" (budget {most}: {'kept' if ratio <= most else 'BROKEN'})"
-        info, theirs = benchmarks[name].extra_info, benchmarks["eager"].extra_info
+        info, theirs = benchmarks[name].extra_info, benchmarks["eager"].extra_info if "eager" in benchmarks else {}
         for what in NOTED:
             if what in info and what in theirs:
                 line += f"; {what}: {info[what]:.6g}, eager's {theirs[what]:.6g}"

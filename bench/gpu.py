@@ -32,7 +32,7 @@ TESTS = [
 ]
 """Files with tests marked gpu. They run at once, a process each: they mostly wait for the compiler."""
 
-BENCHMARKS = {"simple_nn": 60, "linear": 150, "cross_entropy": 150, "python": 60}
+BENCHMARKS = {"train_steps": 150, "simple_nn": 40, "linear": 100, "cross_entropy": 80, "python": 50}
 """bench_<name>.py and the most seconds it may take, in order of what is worth most if time runs out."""
 
 TEST_SECONDS = 300

@@ -9,8 +9,9 @@ C++ module, the same in Triton 3.6 to 3.9; `count` wraps them. What is counted i
 lane: masked-off lanes cost nothing, and what a GPU's caches would serve counts like the rest.
 
 `python -m bench.traffic` prints our operations beside eager PyTorch and Liger, forward and backward of a linear layer
-apart. First it calibrates itself on a copy (2.00 passes over the tensor) and on Liger's cross entropy (3.00); it exits
-non-zero when either is off, or when an operation of ours moves more or launches more kernels than it may.
+apart, and ten training steps. First it calibrates itself on a copy (2.00 passes over the tensor) and on Liger's cross
+entropy (3.00); it exits non-zero when either is off, or when an operation of ours moves more or launches more kernels
+than it may.
 """
 
 import argparse
@@ -34,13 +35,14 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime import interpreter
 
-from fusednn import functional, reference
+from fusednn import CrossEntropyLoss, functional, modules, reference, train_steps
+from fusednn.training import optimizers, resident
 
 SECTOR = 32
 """Bytes of a sector, the least that an NVIDIA GPU moves between its L2 cache and memory."""
@@ -167,7 +169,7 @@ class Row:
 
     Of a `backward_alone` the forward is not counted. `fixed` bytes are taken off before passes are counted; a
     calibration has a number of passes `expected` of it, and an operation may have the `most` passes and the
-    `most_launches` that it is allowed.
+    `most_launches` that it is allowed. Where most operators are the `host`'s, also on a GPU, none are counted.
     """
 
     name: str
@@ -182,6 +184,7 @@ class Row:
     retain_graph: bool = False
     compiled: bool = False
     backward_alone: bool = False
+    host: bool = False
 
     def ready(self) -> Callable[[], object]:
         """What is counted, to be called once: where it is the backward alone, the forward runs now."""
@@ -223,7 +226,10 @@ def measure(row: Row) -> dict[str, Any]:
     run = row.ready()
     with count() as traffic:
         run()
-    if traffic.launches == 0:
+    operators: int | None
+    if row.host:
+        operators = None
+    elif traffic.launches == 0:
         operators = len(profiled(row.ready()))
     elif row.compiled:  # which a dispatch mode rules out
         operators = 0
@@ -326,11 +332,84 @@ def linear_rows(m: int, k: int, n: int, relu: bool, most: tuple[int, int]) -> It
         )
 
 
+Loop = Callable[[Tensor, Tensor], Tensor]
+"""Trains on inputs and targets, and returns the last loss or all."""
+
+
+class InOneLaunch(resident.Resident):
+    """The engine as it is on a GPU, where a few steps are one launch; interpreted it makes a launch for each."""
+
+    def __init__(self, job: Any, net: Any) -> None:
+        super().__init__(job, net)
+        self.pace.chunk = job.steps
+
+
+def textbook_loop(library: Any, criterion: nn.Module, net: tuple[int, int, int], batch: int, steps: int) -> Loop:
+    """The loop in Python over `library.SimpleNN`, so many steps of an epoch.
+
+    Adam is the fused one: that is the fewest operators, and the same on a CPU as on a GPU.
+    """
+    model = library.SimpleNN(*net)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+
+    def train(x: Tensor, target: Tensor) -> Tensor:
+        with torch.enable_grad():
+            for rows in torch.randperm(len(x)).split(batch)[:steps]:
+                loss = criterion(model(x[rows]), target[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        return loss.detach()
+
+    return train
+
+
+def one_call(net: tuple[int, int, int], batch: int, steps: int) -> Loop:
+    """The same by train_steps."""
+    model = reference.SimpleNN(*net)
+    optimizer = torch.optim.Adam(model.parameters())
+
+    def train(x: Tensor, target: Tensor) -> Tensor:
+        with patch.object(resident, "Resident", InOneLaunch):
+            losses = train_steps(model, optimizer, x, target, batch_size=batch, steps=steps)
+        assert isinstance(losses, Tensor)
+        return losses
+
+    return train
+
+
+def training_rows(net: tuple[int, int, int] = (64, 128, 10), batch: int = 32, steps: int = 10) -> Iterator[Row]:
+    """So many steps: PyTorch's loop, the same with our modules, and train_steps, ours held to limits.
+
+    A pass is what has to move: in go a batch's rows, their labels and numbers, the parameters with Adam's two states of
+    each, and the scalars of a step; out go parameters and states, and the loss. Of the modules' it is what their
+    kernels have to move, rows, labels and parameters in and gradients out: gather and Adam are PyTorch's, uncounted.
+    The limit of train_steps is what it takes with the interpreter's tiles; a net kept on chip would take far less.
+    """
+    x, target = torch.randn(steps * batch, net[0]), torch.randint(net[2], (steps * batch,))
+    size = sum(parameter.numel() for parameter in reference.SimpleNN(*net).parameters())
+    kernels = x.nbytes + target.nbytes + 4 * steps * (2 * size + 1)
+    whole = x.nbytes + 2 * target.nbytes + 4 * steps * (2 * 3 * size + 4 * optimizers.ROW + 1)
+    size_of_loop = (net, batch, steps)
+    eager = textbook_loop(reference, nn.CrossEntropyLoss(), *size_of_loop)
+    fused = textbook_loop(modules, CrossEntropyLoss(), *size_of_loop)
+    whole_loop = one_call(*size_of_loop)
+    for train in (eager, fused, whole_loop):
+        train(x, target)  # so that Adam has its states
+    what = f"{'-'.join(map(str, net))}, {steps} steps"
+    yield Row(f"PyTorch, {what}", eager, (x, target), None, whole)
+    yield Row(f"fusednn modules, {what}", fused, (x, target), None, kernels, most_launches=7 * steps)
+    yield Row(
+        f"fusednn train_steps, {what}", whole_loop, (x, target), None, whole, most=1.6, most_launches=1, host=True
+    )
+
+
 def operations() -> Iterator[Row]:
     """Ours beside PyTorch's."""
     for layer in LINEARS:
         yield from linear_rows(*layer)
     yield from cross_entropy_operations()
+    yield from training_rows()
 
 
 def cross_entropy_operations() -> Iterator[Row]:
@@ -355,7 +434,8 @@ def show(result: dict[str, Any]) -> str:
         loaded, stored = result["loaded"] / 1e6, result["stored"] / 1e6
         triton_counts = [result["launches"], result["programs"], f"{loaded:.3f}", f"{stored:.3f}"]
         triton_counts.append(f"{result['passes']:.2f}")
-    return COLUMNS.format(result["implementation"], result["shape"], result["operators"], *triton_counts)
+    operators = "-" if result["operators"] is None else result["operators"]
+    return COLUMNS.format(result["implementation"], result["shape"], operators, *triton_counts)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,9 +13,20 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from bench import traffic
-from bench.traffic import Counts, Operators, Row, calibrations, count, cross_entropy_row, linear_rows, measure, profiled
+from bench.traffic import (
+    Counts,
+    Operators,
+    Row,
+    calibrations,
+    count,
+    cross_entropy_row,
+    linear_rows,
+    measure,
+    profiled,
+    training_rows,
+)
 from fusednn import functional
-from fusednn.kernels import linear
+from fusednn.kernels import linear, mlp_training
 from fusednn.kernels.cross_entropy import cross_entropy_forward
 
 
@@ -243,9 +254,71 @@ def test_a_planted_launch_is_noticed(
     assert broken == [f"over its limit: fusednn linear_relu, {line}"]
 
 
+def test_training_keeps_its_limits() -> None:
+    """Two steps of 64-128-10. An order is one operator; the others are a step's."""
+    rows = list(training_rows(steps=2))
+    results = [measure(row) for row in rows]
+    assert [row.broken(result) for row, result in zip(rows, results, strict=True)] == [[]] * 3
+    assert [result["launches"] for result in results] == [0, 2 * 7, 1]
+    # gather 2; linear, relu, linear; loss 2; its gradient 3; products 3, sums 2, mask 1; Adam and its count of steps
+    assert results[0]["operators"] == 1 + 2 * 18
+    assert results[1]["operators"] == 1 + 2 * 5  # gather, the gradient of one, Adam
+    assert results[2]["operators"] is None
+
+
+def test_bytes_of_a_training_step() -> None:
+    """Everything is one tile, so each part of the step loads what it needs once, and stores each result once."""
+    size, steps = 16, 3
+    row = list(training_rows((size, size, size), size, steps))[2]
+    tile, vector, numbers = 4 * size * size, 4 * size, 8 * size
+    forward = numbers + tile + 2 * (tile + vector) + numbers  # rows of x by their numbers, both layers, labels
+    output = 3 * tile + 3 * tile + 3 * vector  # W2, h, dy; then W2 and b1 with their states
+    inputs = numbers + 2 * tile + 3 * tile + 3 * vector  # rows of x, dh; then W1 and b2 with their states
+    scalars = 4 * 4 * 6  # of Adam, for each of four parameters
+    result = measure(row)
+    assert result["launches"] == result["programs"] == 1
+    assert 0 < result["loaded"] <= steps * (forward + output + inputs + scalars)
+    assert 0 < result["stored"] <= steps * (3 * tile + 4 + 3 * 2 * (tile + vector))  # h, dy, dh; the loss; the net
+    assert result["stored"] >= steps * 3 * 2 * (tile + vector)
+
+
+@pytest.mark.unpoisoned
+def test_the_operators_of_train_steps_are_those_of_a_call() -> None:
+    """And not of a step."""
+    totals = []
+    for steps in (1, 5):
+        row, mode = list(training_rows((16, 16, 16), 16, steps))[2], Operators()
+        with count(), mode:
+            row.run()
+        totals.append(mode.total)
+    assert totals[0] == totals[1] > 0
+
+
+def test_a_planted_launch_of_training_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    once = mlp_training.train_mlp
+
+    def twice(*arguments: Any, **options: Any) -> Any:
+        once(*arguments, **options)
+        return once(*arguments, **options)
+
+    monkeypatch.setattr(traffic, "calibrations", lambda: iter(()))
+    monkeypatch.setattr(traffic, "operations", lambda: training_rows(steps=2))
+    assert traffic.main([]) == 0
+    monkeypatch.setattr(mlp_training, "train_mlp", twice)
+    assert traffic.main([]) == 1
+    broken = [said for said in capsys.readouterr().out.splitlines() if said.startswith("over its limit")]
+    assert len(broken) == 2
+    assert broken[0].startswith("over its limit: fusednn train_steps, 64-128-10, 2 steps, 64x64 64: 3.")
+    assert broken[0].endswith(" passes, at most 1.6")
+    assert broken[1].endswith(": 2 launches, at most 1")
+
+
 def pytorch_rows() -> dict[str, Row]:
     rows = [row for layer in LAYERS for row in linear_rows(*layer) if row.name.startswith("PyTorch")]
     rows += [cross_entropy_row("PyTorch cross_entropy", F.cross_entropy, 16, 10, sent) for sent in ("one", "a vector")]
+    rows.append(next(training_rows((8, 8, 8), 4, 2)))
     return {f"{row.name}, {len(row.inputs[0])}": row for row in rows}
 
 

@@ -25,14 +25,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusednn.kernels import cross_entropy, cross_entropy_kernels, linear
+from fusednn.kernels import adam, cross_entropy, cross_entropy_kernels, linear, mlp_training
 from fusednn.kernels.launch import Launch
 from tests.conftest import small_tiles
 
-KERNELS = {name for module in (linear, cross_entropy_kernels) for name in vars(module) if name.endswith("_kernel")}
+MODULES = (linear, cross_entropy_kernels, mlp_training, adam)
+KERNELS = {name for module in MODULES for name in vars(module) if name.endswith("_kernel")}
 
-HARMLESS = {"split_rows", "program_rows", "ignore_index", "smoothing"}
-"""The integers that may be one too large: masks hold against the first two, the others are no part of an address."""
+ALONE = {"sum_losses_kernel", "mlp_training_kernel"}
+"""The kernels of one program."""
+
+HARMLESS = {"split_rows", "program_rows", "position", "ignore_index", "smoothing"}
+"""The integers that may be one too large: masks hold against the first two, one only makes the first batch smaller, the
+others are no part of an address."""
 
 
 def test_no_access_outside_the_arguments() -> None:
@@ -51,10 +56,10 @@ def test_no_access_outside_the_arguments() -> None:
 
     programs, trips = report["programs"], report["trips"]
     assert set(programs) == KERNELS
-    assert {kernel for kernel in programs if programs[kernel] < 2} == {"sum_losses_kernel"}  # which is for one program
+    assert {kernel for kernel in programs if programs[kernel] < 2} == ALONE
     assert {loop.split(":")[0] for loop in trips} == {
         "linear_forward_kernel", "linear_input_grad_kernel", "linear_weight_grad_kernel", "sum_splits_kernel",
-        "count_labels_kernel", "cross_entropy_long_kernel", "sum_losses_kernel",
+        "count_labels_kernel", "cross_entropy_long_kernel", "sum_losses_kernel", "mlp_training_kernel",
     }  # fmt: skip
     assert {loop for loop in trips if trips[loop] < 2} == set()
 
@@ -80,8 +85,8 @@ def sanitizer(kernel: str, outside: list[tuple[str, str]], trips: dict[str, int]
             self.trip = 0
 
         def arg_callback(self, name: str, argument: Any, converted: Any) -> None:
-            if isinstance(argument, Tensor):
-                self.elements.append(addresses(argument))
+            tensors = argument if isinstance(argument, tuple) else (argument,)
+            self.elements += [addresses(tensor) for tensor in tensors if isinstance(tensor, Tensor)]
 
         def register_op_callback(self, op_type: type[Op]) -> Any:
             def check(pointers: Any, mask: Any, keys: Any) -> None:
@@ -132,7 +137,7 @@ def faults(names: list[str], arguments: tuple[Any, ...]) -> Iterator[tuple[str, 
             yield name, (*before, value + 1, *after)
         if isinstance(value, tuple):
             for j, stride in enumerate(value):
-                if stride:
+                if isinstance(stride, int) and stride:
                     yield f"{name}[{j}]", (*before, (*value[:j], stride + 1, *value[j + 1 :]), *after)
 
 
@@ -193,6 +198,31 @@ def call_cross_entropy() -> None:
         cross_entropy.cross_entropy_forward(*given, "none", smoothing, True, out=out)
 
 
+def call_training() -> None:
+    """The launchers of kernels/mlp_training.py and kernels/adam.py: two ragged epochs, each layout, some labels none.
+
+    Without biases W1 stands in for them, and the logits for class weights.
+    """
+    kinds = itertools.cycle([(True, "adam", True, 17), (False, "sgd", False, 20), (True, "nesterov", False, 17)])
+    for layout in LAYOUTS:
+        bias, rule, everything, batch_size = next(kinds)
+        x, labels = layout(torch.randn(20, 18)), torch.randint(0, 5, (20,))
+        labels[3], labels[4], labels[5] = -100, 5, -(2**40)
+        w = [torch.randn(shape) if bias or len(shape) == 2 else None for shape in ((19, 18), (19,), (5, 19), (5,))]
+        states = [[None if p is None else torch.rand_like(p) for p in w] for _ in range(2)]
+        options = mlp_training.Options(
+            everything, everything, everything, everything, rule, everything, False, everything
+        )
+        order, table = torch.cat([torch.randperm(20)[3:], torch.randperm(20)[:batch_size]]), torch.rand(2, 4, 9)
+        mlp_training.train_mlp(
+            x, layout(labels), order, torch.rand(5), w, *states, table, options,
+            batch_size=batch_size, position=3, epoch_rows=20, ignore_index=-100, label_smoothing=0.1,
+        )  # fmt: skip
+        step, g = torch.ones(1, dtype=torch.int64), torch.randn(19, 18)
+        state = (states[0][0], states[1][0]) if rule == "adam" else (states[0][0], None) if bias else (None, None)
+        adam.optimizer_step(w[0], *state, g, torch.rand(2, 4, 9), step, 3, (rule, everything, False, everything))
+
+
 def main() -> None:
     """Make the calls, with every launch traced, and print what was seen."""
     import triton.language as tl
@@ -232,9 +262,12 @@ def main() -> None:
     with pytest.MonkeyPatch.context() as patch, contextmanager(inspect.unwrap(small_tiles))(patch):
         patch.setattr(linear, "launch", launch)
         patch.setattr(cross_entropy, "launch", launch)
+        patch.setattr(mlp_training, "launch", launch)
+        patch.setattr(adam, "launch", launch)
         torch.manual_seed(0)
         call_linear()
         call_cross_entropy()
+        call_training()
     report = {"outside": outside, "programs": programs, "trips": trips, "operations": sorted(operations)}
     json.dump(report | {"planted": sorted(planted), "noticed": sorted(noticed)}, sys.stdout)
 

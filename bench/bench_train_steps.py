@@ -1,0 +1,337 @@
+"""Training 64-128-10 at batch 32, and MNIST's 784-128-10 at batch 128: train_steps beside PyTorch's loops, on a GPU.
+
+Every loop trains the same net from the same parameters on the same data, shuffled anew each epoch on the device, so
+each gathers its batches; before it is timed, its first losses are held to eager's. Times are from Python, the queue
+drained once a round:
+
+    a step             in long training: a round of many steps, which is one call of train_steps
+    cold first call    of one step, in a process that finds nothing compiled on the disk
+    calls              of 1, 100 and 10,000 steps
+    growth             of a step with the batch, and with the width
+
+The tests stand in the order of what is worth most, since `make gpu` gives all of them 150 seconds. Without a GPU there
+is only the last: on a CPU train_steps is a loop in Python, and its overhead is what is measured.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice, product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fusednn import CrossEntropyLoss, SimpleNN, explain, reference, train_steps
+
+from .conftest import Told, capture, cold, compiled, need
+
+pytestmark = pytest.mark.filterwarnings("default")  # Inductor's, that TF32 is off, is no error here
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+DIGITS, MNIST = (64, 128, 10), (784, 128, 10)
+
+ROWS = {64: 7 * 256, 784: 468 * 128}
+"""By the number of inputs: about as many as the digits and MNIST have, in whole batches, which a CUDA graph needs."""
+
+CHECKED = {"tf32": 2e-2, "ieee": 1e-3}
+"""How far the first losses may be from eager's, relative to them: Adam's first steps are as large for noise."""
+
+COMPILE_SECONDS = 40
+"""What torch.compile may need for a whole step, or a cold process for its first."""
+
+
+class Implementation(NamedTuple):
+    """A net, a loss, options of Adam, and how Python runs the steps: "eager", "compile", "graph" or "train_steps"."""
+
+    network: Callable[[int, int, int], nn.Module] = reference.SimpleNN
+    criterion: Callable[[], nn.Module] = nn.CrossEntropyLoss
+    adam: tuple[str, ...] = ()
+    way: str = "eager"
+
+
+IMPLEMENTATIONS = {
+    "eager": Implementation(),
+    "fusednn": Implementation(way="train_steps"),
+    "CUDA graph": Implementation(adam=("capturable",), way="graph"),
+    "CUDA graph, fused Adam": Implementation(adam=("capturable", "fused"), way="graph"),
+    "eager, fused Adam": Implementation(adam=("fused",)),
+    "drop-in modules": Implementation(SimpleNN, CrossEntropyLoss),
+    "drop-in modules, CUDA graph": Implementation(SimpleNN, CrossEntropyLoss, ("capturable", "fused"), "graph"),
+    "torch.compile": Implementation(way="compile"),
+}
+
+GOALS = {"eager": 1 / 50, "CUDA graph": 1 / 8, "CUDA graph, fused Adam": 1 / 8}
+"""The most of each one's time that train_steps may take."""
+
+MOST_US = {"tf32": 5, "ieee": 10}
+"""Microseconds that a step of 64-128-10 at batch 32 may take."""
+
+
+class Case(NamedTuple):
+    """What is trained, and by whom; `steps` a round, 0 for long training."""
+
+    sizes: tuple[int, int, int]
+    batch: int
+    steps: int
+    precision: str
+    implementation: str
+
+    def words(self) -> list[str]:
+        """The fields as the names of groups and tests have them."""
+        steps = f"calls of {self.steps}" if self.steps else "long"
+        return ["-".join(map(str, self.sizes)), f"batch {self.batch}", steps, self.precision, self.implementation]
+
+    def group(self) -> str:
+        """All but the implementation."""
+        net, batch, steps, precision, _ = self.words()
+        return f"training step, {net}, {batch}, {precision}{', ' + steps if self.steps else ''}"
+
+    def steps_a_round(self) -> int:
+        """Of train_steps so many that one call is long training; of a loop some, since each costs the same."""
+        if self.steps or self.implementation != "fusednn":
+            return self.steps or 200
+        inputs, hidden, outputs = self.sizes
+        return 10_000 if self.batch * hidden * (inputs + outputs) < 2**21 else 2_000
+
+    def notes(self) -> dict[str, Any]:
+        """What `extra_info` gets: steps, and the goals where the design has some."""
+        notes: dict[str, Any] = {"steps a round": self.steps_a_round()}
+        if self.implementation == "fusednn" and (self.sizes, self.batch, self.steps) in LEADING:
+            notes["goals"] = GOALS
+            if self.sizes == DIGITS:
+                notes["most us"] = MOST_US[self.precision]
+        return notes
+
+
+LEADING = [(DIGITS, 32, 0), (MNIST, 128, 0)]
+"""The nets of the goals, their batches, and long training."""
+
+
+class Loop:
+    """A model, its optimizer and its data, the same for all implementations, and the loop that trains it."""
+
+    def __init__(self, case: Case, device: str = "cuda") -> None:
+        """What has to be captured is captured here, and what has to be compiled is at the first step."""
+        self.case, (network, criterion, adam, self.way) = case, IMPLEMENTATIONS[case.implementation]
+        torch.manual_seed(0)
+        start = reference.SimpleNN(*case.sizes).to(device).state_dict()
+        rows = ROWS.get(case.sizes[0], ROWS[64])
+        self.inputs = torch.randn(rows, case.sizes[0], device=device)
+        self.targets = torch.randint(case.sizes[2], (rows,), device=device)
+        self.model = network(*case.sizes).to(device)
+        self.model.load_state_dict(start)
+        self.criterion = criterion()
+        options: dict[str, Any] = dict.fromkeys(adam, True)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.01, **options)
+        self.generator = torch.Generator(device)
+        self.advance = compiled(self.step) if self.way == "compile" else self.step
+        if self.way == "graph":
+            self.rows = torch.arange(case.batch, device=device)
+            self.graph = capture(self.captured, 1)
+            self.advance = self.replay
+        self.restart(start)
+
+    def restart(self, start: dict[str, Tensor]) -> None:
+        """Parameters, Adam's state and the order of the batches are as before the first step."""
+        self.model.load_state_dict(start)
+        for state in self.optimizer.state.values():
+            for tensor in state.values():
+                tensor.zero_()
+        self.generator.manual_seed(0)
+        self.batches = self.shuffled()
+
+    def shuffled(self) -> Iterator[Tensor]:
+        """The rows of each batch, epoch after epoch."""
+        while True:
+            order = torch.randperm(len(self.inputs), generator=self.generator, device=self.inputs.device)
+            yield from order.split(self.case.batch)
+
+    def step(self, rows: Tensor) -> Tensor:
+        """One step on so many rows; its loss."""
+        loss = self.criterion(self.model(self.inputs[rows]), self.targets[rows])
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        result: Tensor = loss.detach()
+        return result
+
+    def captured(self) -> None:
+        """What the graph replays: a step on the rows that lie in its buffer."""
+        self.loss = self.step(self.rows)
+
+    def replay(self, rows: Tensor) -> Tensor:
+        """A step by the graph. Its next overwrites the loss."""
+        self.rows.copy_(rows)
+        self.graph.replay()
+        return self.loss
+
+    def train(self, steps: int) -> Tensor:
+        """One call of train_steps, which begins an epoch; the losses."""
+        losses = train_steps(
+            self.model, self.optimizer, self.inputs, self.targets, batch_size=self.case.batch, steps=steps,
+            generator=self.generator, criterion=self.criterion,
+        )  # fmt: skip
+        assert isinstance(losses, Tensor)
+        return losses
+
+    def losses(self, steps: int) -> Tensor:
+        """So many steps, and the loss of each."""
+        if self.way == "train_steps":
+            return self.train(steps)
+        return torch.stack([self.advance(rows).clone() for rows in islice(self.batches, steps)])
+
+    def run(self, steps: int) -> None:
+        """So many steps, after which the queue is drained. A loop leaves its losses, in favour of the peers."""
+        if self.way == "train_steps":
+            self.train(steps)
+        else:
+            for rows in islice(self.batches, steps):
+                self.advance(rows)
+        if self.inputs.is_cuda:
+            torch.cuda.synchronize()
+
+    def check(self) -> None:
+        """Raise AssertionError unless the first losses are eager's."""
+        theirs = Loop(self.case._replace(implementation="eager"), self.inputs.device.type).losses(10)
+        torch.testing.assert_close(self.losses(10), theirs, rtol=CHECKED[self.case.precision], atol=0)
+
+    def engine(self) -> str:
+        """Who makes the steps of train_steps, as `explain` says; makes one."""
+        return str(explain(partial(self.train, 1))[-1])
+
+
+def measure(case: Case, benchmark: Any) -> None:
+    """Time of a step, from Python."""
+    if case.implementation == "torch.compile":
+        need(COMPILE_SECONDS)
+    loop = Loop(case)
+    loop.check()
+    benchmark.group = case.group()
+    benchmark.extra_info |= case.notes()
+    if loop.way == "train_steps":
+        benchmark.extra_info["engine"] = engine = loop.engine()
+        assert engine.startswith("train_steps: resident")
+    rounds = 5 if case.steps_a_round() >= 2_000 else 10
+    benchmark.pedantic(loop.run, args=(case.steps_a_round(),), rounds=rounds, warmup_rounds=1)
+
+
+def each(cases: list[Case]) -> pytest.MarkDecorator:
+    """A test of each, with its fields as parameters."""
+    ids = ["-".join(case.words()).replace(" ", "_") for case in cases]
+    return pytest.mark.parametrize(Case._fields, cases, ids=ids, indirect=["precision"])
+
+
+def long_cases() -> list[Case]:
+    """The implementations at the nets of the goals."""
+    parts = product(LEADING, ("tf32", "ieee"), IMPLEMENTATIONS)
+    return [Case(*leading, precision, name) for leading, precision, name in parts]
+
+
+@GPU
+@each([case for case in long_cases() if case.implementation != "torch.compile"])
+def test_step(
+    sizes: tuple[int, int, int], batch: int, steps: int, precision: str, implementation: str, benchmark: Any
+) -> None:
+    """A step in long training."""
+    measure(Case(sizes, batch, steps, precision, implementation), benchmark)
+
+
+def call_cases() -> list[Case]:
+    """Calls of few steps and of many. Of eager, which has no calls, a step of many costs the same."""
+    some = [(1, "eager"), (1, "fusednn"), (100, "eager"), (100, "fusednn"), (10_000, "fusednn")]
+    return [Case(DIGITS, 32, steps, precision, name) for precision in ("tf32", "ieee") for steps, name in some]
+
+
+@GPU
+@each(call_cases())
+def test_call(
+    sizes: tuple[int, int, int], batch: int, steps: int, precision: str, implementation: str, benchmark: Any
+) -> None:
+    """A step's share of one call: what train_steps does once, in Python, is in it."""
+    measure(Case(sizes, batch, steps, precision, implementation), benchmark)
+
+
+@GPU
+@each([case for case in long_cases() if case.implementation == "torch.compile"])
+def test_compiled_step(
+    sizes: tuple[int, int, int], batch: int, steps: int, precision: str, implementation: str, benchmark: Any
+) -> None:
+    """The same by Inductor, which takes seconds to compile, and so comes later."""
+    measure(Case(sizes, batch, steps, precision, implementation), benchmark)
+
+
+COLD = """
+import sys, time, torch
+from bench.bench_train_steps import DIGITS, Case, Loop
+
+implementation, precision, device = sys.argv[1:]
+torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+loop = Loop(Case(DIGITS, 32, 1, precision, implementation), device)
+begin = time.perf_counter()
+loop.run(1)
+print(time.perf_counter() - begin)
+"""
+"""A process that has model and data on the device, and prints what its first step takes, imports of Triton included."""
+
+
+@GPU
+@pytest.mark.benchmark(timer=Told.now)
+@pytest.mark.parametrize(
+    ("precision", "implementation"),
+    [("tf32", "eager"), ("tf32", "fusednn"), ("tf32", "torch.compile"), ("ieee", "eager"), ("ieee", "fusednn")],
+    indirect=["precision"],
+)
+def test_cold_first_call(precision: str, implementation: str, benchmark: Any, tmp_path: Path) -> None:
+    """One round: a process more is seconds more."""
+    need(COMPILE_SECONDS)
+
+    def process() -> None:
+        Told.seconds += cold(COLD, [implementation, precision, "cuda"], tmp_path)
+
+    benchmark.group = f"training step, 64-128-10, batch 32, {precision}, cold first call"
+    benchmark.pedantic(process, rounds=1)
+
+
+def growth_cases() -> list[Case]:
+    """Batches and widths around those of the goals."""
+    shapes = [(DIGITS, batch) for batch in (1, 8, 64, 128, 256)] + [((64, hidden, 10), 32) for hidden in (32, 64, 256)]
+    parts = [*product(("tf32",), shapes, ("eager", "CUDA graph", "fusednn")), *product(("ieee",), shapes, ("fusednn",))]
+    return [Case(sizes, batch, 0, precision, name) for precision, (sizes, batch), name in parts]
+
+
+@GPU
+@each(growth_cases())
+def test_growth(
+    sizes: tuple[int, int, int], batch: int, steps: int, precision: str, implementation: str, benchmark: Any
+) -> None:
+    """A step in long training, as in `test_step`, which has batch 32 and width 128."""
+    measure(Case(sizes, batch, steps, precision, implementation), benchmark)
+
+
+def test_loop_on_a_cpu(benchmark: Any) -> None:
+    """The looped engine, at most 1.05 of eager's loop, the modules PyTorch's: an epoch, and one call.
+
+    They take turns, since a CPU's clock wanders by more than what is looked for. Time and ratio are printed.
+    """
+    eager, ours = (Loop(Case(DIGITS, 32, 0, "ieee", name), "cpu") for name in ("eager", "fusednn"))
+    ours.check()
+    engine, steps = ours.engine(), ROWS[64] // 32
+    assert engine.startswith("train_steps: looped")
+    seconds: dict[str, list[float]] = {"eager": [], "fusednn": []}
+
+    def turn(loop: Loop, name: str) -> None:
+        begin = time.perf_counter()
+        loop.run(steps)
+        seconds[name].append(time.perf_counter() - begin)
+
+    eager.run(steps)
+    eager_first = {"setup": partial(turn, eager, "eager"), "rounds": 100, "warmup_rounds": 5}
+    benchmark.pedantic(turn, args=(ours, "fusednn"), **eager_first)
+    ratio = statistics.median(b / a for a, b in zip(seconds["eager"], seconds["fusednn"], strict=True))
+    us, theirs = (statistics.median(seconds[name]) / steps * 1e6 for name in ("fusednn", "eager"))
+    benchmark.extra_info |= {"engine": engine, "steps a round": steps, "of eager, in turns": ratio}
+    print(f"\ntrain_steps on a CPU: {us:.0f} us a step, {ratio:.3f} of eager's {theirs:.0f} us (budget 1.05)")

@@ -1,0 +1,242 @@
+"""The training kernel against autograd in float64, also in tiles so small that every loop runs several times."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusednn.kernels import adam, mlp_training
+from fusednn.kernels.mlp_training import Options, train_mlp
+
+INPUTS, HIDDEN, OUTPUTS = 37, 40, 10
+PLAIN = Options(True, False, False, True, "sgd", False, False, False)
+
+
+@pytest.fixture(params=["one tile each", "several"], autouse=True)
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    block = 64 if request.param == "one tile each" else 16
+    for key in mlp_training.CONFIGS:
+        monkeypatch.setitem(mlp_training.CONFIGS, key, ((None, None, (block, block, block, 4, 1)),))
+    mlp_training.plan_training.cache_clear()
+    yield request.param
+    mlp_training.plan_training.cache_clear()
+
+
+class Net:
+    """Random parameters, their gradients in float64, and the data; x and targets are views with gaps between them."""
+
+    def __init__(self, device: str, rows: int = 50, bias: bool = True, dtype: torch.dtype = torch.float64) -> None:
+        generator = torch.Generator().manual_seed(1)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=dtype).to(device)
+
+        self.x = random(2 * rows, 2 * INPUTS)[::2, 1::2]
+        self.targets = torch.randint(0, OUTPUTS, (rows, 3), generator=generator).to(device)[:, 1]
+        self.order = torch.randperm(rows, generator=generator).to(device)
+        biases = [random(HIDDEN), random(OUTPUTS)] if bias else [None, None]
+        self.w: list[Any] = [random(HIDDEN, INPUTS) / 6, biases[0], random(OUTPUTS, HIDDEN) / 6, biases[1]]
+
+    def gradients(self, rows: Tensor, **options: Any) -> tuple[Tensor, list[Any]]:
+        """The loss of `rows` and its gradients at the parameters as they are now."""
+        w = [None if p is None else p.clone().requires_grad_() for p in self.w]
+        hidden = torch.relu(F.linear(self.x[rows], w[0], w[1]))
+        loss = F.cross_entropy(F.linear(hidden, w[2], w[3]), self.targets[rows], **options)
+        grads = iter(torch.autograd.grad(loss, [p for p in w if p is not None]))
+        return loss.detach(), [None if p is None else next(grads) for p in w]
+
+    def train(self, table: Tensor, options: Options = PLAIN, **arguments: Any) -> tuple[Tensor, Tensor]:
+        defaults: dict[str, Any] = {
+            "batch_size": 33, "position": 0, "epoch_rows": len(self.x), "ignore_index": -100, "label_smoothing": 0.0,
+        }  # fmt: skip
+        weight = arguments.pop("class_weight", None)
+        return train_mlp(
+            self.x, self.targets, self.order, weight, self.w, self.w, self.w, table, options, **defaults | arguments
+        )
+
+
+def rows_of(*values: dict[int, float], device: str, dtype: torch.dtype = torch.float64) -> Tensor:
+    """A table of a step each: the numbers at their places, the same for all parameters."""
+    table = torch.zeros(len(values), 4, adam.ROW.value, dtype=dtype)
+    for step, row in enumerate(values):
+        for place, value in row.items():
+            table[step, :, place] = value
+    return table.to(device)
+
+
+def assert_near(result: Any, expected: Any) -> None:
+    torch.testing.assert_close(result, expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 16, 33])
+def test_gradients_of_one_step(device: str, batch_size: int, bias: bool) -> None:
+    """With a learning rate of 1 the step is the gradient."""
+    net = Net(device, bias=bias)
+    before = [None if p is None else p.clone() for p in net.w]
+    loss, grads = net.gradients(net.order[:batch_size])
+    losses, _ = net.train(rows_of({0: 1.0}, device=device), batch_size=batch_size)
+    assert_near(losses[0], loss)
+    for old, new, grad in zip(before, net.w, grads, strict=True):
+        if old is not None:
+            assert_near(old - new, grad)
+
+
+OPTIONS = {
+    "sum": {"reduction": "sum"},
+    "smoothing": {"label_smoothing": 0.2},
+    "weights": {"weight": torch.rand(OUTPUTS, generator=torch.Generator().manual_seed(2)).double() + 0.1},
+    "ignored": {"ignore_index": 3},
+}
+OPTIONS["all"] = OPTIONS["smoothing"] | OPTIONS["weights"] | OPTIONS["ignored"]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_cross_entropy_with(device: str, name: str) -> None:
+    net, given = Net(device), dict(OPTIONS[name])
+    if "weight" in given:
+        given["weight"] = given["weight"].to(device)
+    before, (loss, grads) = [p.clone() for p in net.w], net.gradients(net.order[:33], **given)
+    options = PLAIN._replace(
+        mean="reduction" not in given, weighted="weight" in given, smoothed="label_smoothing" in given
+    )
+    arguments = {key: value for key, value in given.items() if key in ("label_smoothing", "ignore_index")}
+    table = rows_of({0: 1.0}, device=device)
+    losses, _ = net.train(table, options, class_weight=given.get("weight"), **arguments)
+    assert_near(losses[0], loss)
+    for old, new, grad in zip(before, net.w, grads, strict=True):
+        assert_near(old - new, grad)
+
+
+def test_steps_follow_the_order_and_the_table(device: str) -> None:
+    """Three steps from 33 rows into an epoch of 50: 17 rows, then the next epoch's 33 and 17."""
+    net, expected = Net(device), Net(device)
+    net.order = torch.cat([net.order[33:], net.order.flip(0)])
+    rates = (0.5, 0.25, 0.125)
+    losses, accuracies = net.train(rows_of(*({0: rate} for rate in rates), device=device), position=33)
+    for step, rows in enumerate(net.order.split([17, 33, 17])):
+        hidden = torch.relu(F.linear(expected.x[rows], expected.w[0], expected.w[1]))
+        right = F.linear(hidden, expected.w[2], expected.w[3]).argmax(1) == expected.targets[rows]
+        loss, grads = expected.gradients(rows)
+        expected.w = [p - rates[step] * grad for p, grad in zip(expected.w, grads, strict=True)]
+        assert_near(losses[step], loss)
+        assert_near(accuracies[step], right.double().mean())
+    for new, wanted in zip(net.w, expected.w, strict=True):
+        assert_near(new, wanted)
+
+
+def test_each_parameter_has_its_row_and_its_state(device: str) -> None:
+    """Adam with other numbers for each parameter, from a state that is not zero."""
+    net = Net(device)
+    before, (_, grads) = [p.clone() for p in net.w], net.gradients(net.order[:33])
+    table = torch.rand(1, 4, adam.ROW.value, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).to(device)
+    table[:, :, 3] = torch.tensor([1.0, -1.0, -1.0, 1.0])
+    firsts, seconds = ([torch.rand_like(p) for p in net.w] for _ in range(2))
+    m, v = [p.clone() for p in firsts], [p.clone() for p in seconds]
+    options = Options(True, False, False, False, "adam", True, True, True)
+    train_mlp(
+        net.x, net.targets, net.order, None, net.w, firsts, seconds, table, options,
+        batch_size=33, position=0, epoch_rows=50, ignore_index=-100, label_smoothing=0.0,
+    )  # fmt: skip
+    for i, old in enumerate(before):
+        step_size, decay, shrink, sign, root, eps, grad_part, kept, part = table[0, i]
+        g = sign * grads[i] + decay * old
+        first = m[i] + grad_part * (g - m[i])
+        second = kept * v[i] + part * g * g
+        assert_near(firsts[i], first)
+        assert_near(seconds[i], second)
+        assert_near(net.w[i], shrink * old - step_size * first / (second.sqrt() * root + eps))
+
+
+@pytest.mark.parametrize("rule", ["momentum", "nesterov"])
+def test_momentum(device: str, rule: str) -> None:
+    net = Net(device)
+    before, (_, grads) = [p.clone() for p in net.w], net.gradients(net.order[:33])
+    firsts = [torch.rand_like(p) for p in net.w]
+    m = [p.clone() for p in firsts]
+    table = rows_of({0: 0.5, 4: 0.75, 5: 0.375}, device=device)
+    train_mlp(
+        net.x, net.targets, net.order, None, net.w, firsts, firsts, table, PLAIN._replace(rule=rule),
+        batch_size=33, position=0, epoch_rows=50, ignore_index=-100, label_smoothing=0.0,
+    )  # fmt: skip
+    for i, old in enumerate(before):
+        first = 0.75 * m[i] + 0.375 * grads[i]
+        assert_near(firsts[i], first)
+        assert_near(net.w[i], old - 0.5 * (grads[i] + 0.75 * first if rule == "nesterov" else first))
+
+
+def test_no_rows_that_count(device: str) -> None:
+    """The mean over none is NaN and moves nothing; nor does an empty batch."""
+    net = Net(device)
+    before = [p.clone() for p in net.w]
+    net.targets = torch.full_like(net.targets, -100)
+    losses, accuracies = net.train(rows_of({0: 1.0}, {0: 1.0}, device=device))
+    assert losses.isnan().all()
+    assert accuracies.isnan().all()
+    losses, _ = net.train(rows_of({0: 1.0}, device=device), epoch_rows=0)
+    assert losses.isnan().all()
+    assert all(torch.equal(old, new) for old, new in zip(before, net.w, strict=True))
+
+
+@pytest.mark.parametrize("label", [-1, OUTPUTS, 2**40])
+def test_a_label_out_of_range_is_nan_and_never_an_offset(device: str, label: int) -> None:
+    net = Net(device)
+    net.targets[net.order[2]] = label
+    options = PLAIN._replace(weighted=True)
+    weight = torch.ones(OUTPUTS, dtype=torch.float64, device=device)
+    losses, _ = net.train(rows_of({0: 1.0}, device=device), options, class_weight=weight)
+    assert losses.isnan().all()
+    assert all(p.isnan().any() for p in net.w)
+
+
+def test_nan_goes_where_autograd_sends_it(device: str) -> None:
+    net = Net(device)
+    net.x[net.order[5], 7] = float("nan")
+    _, grads = net.gradients(net.order[:33])
+    before = [p.clone() for p in net.w]
+    losses, _ = net.train(rows_of({0: 1.0}, device=device))
+    assert losses.isnan().all()
+    for old, new, grad in zip(before, net.w, grads, strict=True):
+        torch.testing.assert_close((old - new).isnan(), grad.isnan())
+
+
+def test_accuracy_takes_the_first_of_equal_logits(device: str) -> None:
+    net = Net(device)
+    for p in net.w:
+        p.zero_()
+    _, accuracies = net.train(rows_of({}, device=device), batch_size=50)
+    assert accuracies[0] == (net.targets == 0).double().mean()
+
+
+def test_bits_repeat_and_do_not_depend_on_the_chunks(device: str) -> None:
+    runs = []
+    for chunks in ([6], [6], [1, 3, 2]):
+        net, done = Net(device, dtype=torch.float32), 0
+        net.order = torch.cat([net.order] * 3)
+        order, starts = net.order, [0, 33, 50, 83, 100, 133]
+        losses = []
+        for steps in chunks:
+            net.order = order[starts[done] :]
+            table = rows_of(*[{0: 0.1}] * steps, device=device, dtype=torch.float32)
+            losses.append(net.train(table, position=starts[done] % 50)[0])
+            done += steps
+        runs.append([torch.cat(losses), *net.w])
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+def test_every_table_holds_every_size() -> None:
+    """In one program, and in tiles no smaller than a product may be."""
+    for architecture, precision in mlp_training.CONFIGS:
+        for sizes in ((1, 1, 1, 1), (512, 4096, 4096, 128), (33, 65, 7, 100)):
+            dtype = torch.float64 if precision == "fp64" else torch.float32
+            kind = (architecture, dtype, "ieee" if precision == "fp64" else precision)
+            launched, columns = mlp_training.plan_training(mlp_training.Sizes(*sizes), True, True, PLAIN, *kind)
+            blocks = [launched.options[f"BLOCK_{name}"] for name in "BHIO"]
+            assert min(blocks) >= 16
+            assert columns == blocks[3] >= sizes[3]
+            assert launched.options["ONE_TILE"] == (sizes[0] <= blocks[0])
+            assert launched.grid == (1,)

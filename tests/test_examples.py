@@ -21,13 +21,27 @@ def losses(source: str, interpreted: str) -> list[float]:
 
 
 @pytest.mark.parametrize("interpreted", ["0", "1"], ids=["plain", "interpreter"])
-def test_simple_nn_is_the_textbook_script(interpreted: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "line", "plain_line"),
+    [
+        (
+            "simple_nn.py",
+            "from fusednn import CrossEntropyLoss, SimpleNN",
+            "from torch.nn import CrossEntropyLoss\nfrom fusednn.reference import SimpleNN",
+        ),
+        (
+            "train_steps.py",
+            "from fusednn import SimpleNN, train_steps",
+            "from fusednn.reference import SimpleNN, train_steps",
+        ),
+    ],
+    ids=["simple_nn", "train_steps"],
+)
+def test_is_the_textbook_script(name: str, line: str, plain_line: str, interpreted: str) -> None:
     """With its one import line changed back it is a plain PyTorch script; losses agree from the same seed."""
-    source = (EXAMPLES / "simple_nn.py").read_text()
-    plain = source.replace(
-        "from fusednn import CrossEntropyLoss, SimpleNN",
-        "from torch.nn import CrossEntropyLoss\nfrom fusednn.reference import SimpleNN",
-    )
+    source = (EXAMPLES / name).read_text()
+    plain = source.replace(line, plain_line)
     assert plain != source
-    assert losses(source, interpreted) == pytest.approx(losses(plain, "0"), abs=1e-4)
-    assert len(losses(source, "0")) == 10
+    found = losses(source, interpreted)
+    assert found == pytest.approx(losses(plain, "0"), abs=1e-4)
+    assert len(found) == 10

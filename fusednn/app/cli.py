@@ -57,6 +57,8 @@ def _run(argv: list[str] | None) -> int:
     if options.command is None:
         top.print_help()
         return 2
+    # matplotlib raises where this names no backend of its own, and the picture is drawn without one.
+    os.environ.pop("MPLBACKEND", None)
     try:
         from .train import train
     except ImportError as error:

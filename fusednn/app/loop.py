@@ -1,12 +1,14 @@
-"""The textbook training loop."""
+"""The textbook training loop, an epoch a call of train_steps."""
 
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from .. import train_steps
 from .data import Digits, Images
 
 
@@ -21,35 +23,33 @@ class Epoch(NamedTuple):
 
 def fit(
     model: nn.Module,
+    optimizer: Optimizer,
     criterion: nn.Module,
     digits: Digits,
     *,
     epochs: int,
     batch_size: int,
-    lr: float,
     seed: int,
 ) -> Iterator[Epoch]:
-    """Train `model` with Adam on `digits.train`, where both lie; yields after every epoch.
+    """Train `model` with `optimizer` on `digits.train`, where all of them lie; yields after every epoch.
 
     The images come in a new order each epoch, drawn on the CPU from `seed`; the last batch is what is left.
     The training loss is taken along the way, before each step.
 
     Raises FloatingPointError when a loss is no longer finite.
     """
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     generator = torch.Generator().manual_seed(seed)
     inputs, targets = digits.train
     for epoch in range(1, epochs + 1):
-        # Summed on the device: reading each loss would make an accelerator wait for every step.
-        total = torch.zeros((), device=inputs.device)
-        order = torch.randperm(len(inputs), generator=generator).to(inputs.device)
-        for rows in order.split(batch_size):
-            loss = criterion(model(inputs[rows]), targets[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += loss.detach() * len(rows)
-        result = Epoch(epoch, total.item() / len(inputs), *evaluate(model, criterion, digits.validation))
+        losses = train_steps(
+            model, optimizer, inputs, targets, batch_size=batch_size, epochs=1, generator=generator, criterion=criterion
+        )
+        assert isinstance(losses, Tensor)  # a pair only if the accuracy is asked for
+        # Read once an epoch: reading each loss would make an accelerator wait for every step.
+        *whole, last = losses.tolist()
+        left = len(inputs) - batch_size * len(whole)  # the images of the last batch
+        train_loss = (batch_size * sum(whole) + left * last) / len(inputs)
+        result = Epoch(epoch, train_loss, *evaluate(model, criterion, digits.validation))
         if not (math.isfinite(result.train_loss) and math.isfinite(result.validation_loss)):
             raise FloatingPointError(f"the loss is no longer finite in epoch {epoch}")
         yield result

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .. import CrossEntropyLoss, SimpleNN, explain
+from .. import CrossEntropyLoss, SimpleNN, explain, train_steps
 from .checkpoint import save_model, write_atomically
 from .data import Digits, load
 from .loop import Epoch, evaluate, fit
@@ -33,17 +33,23 @@ def train(options: Namespace) -> None:
     digits = Digits(*(part.to(device) for part in load(options.seed)))
     torch.manual_seed(options.seed)
     model = SimpleNN(64, options.hidden, 10).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
     criterion = CrossEntropyLoss()
 
     _say(f"device: {device}")
-    inputs, targets = (tensor[: options.batch_size] for tensor in digits.train)
-    for decision in explain(lambda: criterion(model(inputs), targets)):
+    batch_size, (inputs, targets) = options.batch_size, digits.train
+    # No steps train nothing; and the evaluation calls the operations whoever trains.
+    training = explain(
+        train_steps, model, optimizer, inputs, targets, batch_size=batch_size, steps=0, criterion=criterion
+    )
+    operations = explain(lambda: criterion(model(inputs[:batch_size]), targets[:batch_size]))
+    for decision in training + operations:
         _say(str(decision))
 
-    settings = {name: getattr(options, name) for name in ("epochs", "batch_size", "lr", "seed")}
+    settings = {name: getattr(options, name) for name in ("epochs", "batch_size", "seed")}
     history = []
     with _progress_bar(options.epochs) as bar:
-        for epoch in fit(model, criterion, digits, **settings):
+        for epoch in fit(model, optimizer, criterion, digits, **settings):
             history.append(epoch)
             losses = f"loss {epoch.train_loss:.4f}, validation accuracy {epoch.validation_accuracy:.3f}"
             bar.set_postfix_str(losses, refresh=False)
@@ -53,7 +59,7 @@ def train(options: Namespace) -> None:
     sizes = {"input_size": 64, "hidden_size": options.hidden, "output_size": 10}
     files = [out / name for name in ("model.safetensors", "history.csv", "curves.png")]
     try:
-        save_model(model, files[0], {**sizes, **settings, "test_accuracy": accuracy})
+        save_model(model, files[0], {**sizes, **settings, "lr": options.lr, "test_accuracy": accuracy})
         write_atomically(files[1], _csv(history))
         write_atomically(files[2], draw_curves(history, accuracy))
     except OSError as error:

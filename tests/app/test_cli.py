@@ -20,6 +20,7 @@ from fusednn.app.checkpoint import load_model
 from fusednn.app.cli import main
 from fusednn.app.data import load
 from fusednn.app.loop import evaluate
+from fusednn.training.resident import Resident
 
 FILES = ["curves.png", "history.csv", "model.safetensors"]
 # What the console script does; and Ctrl-C works in it even if pytest is a job in the background, which ignores it.
@@ -57,16 +58,20 @@ def test_train_leaves_a_model_a_history_and_a_picture(
     assert process.returncode == 0, errors
     lines = output.splitlines()
     assert lines[0] == "device: cpu"
-    assert [line.split(" (")[0] for line in lines[1:4]] == [
-        "linear_relu: PyTorch", "linear: PyTorch", "cross_entropy: PyTorch",
-    ]  # fmt: skip
-    assert lines[5:] == [f"wrote {tmp_path / 'a' / name}" for name in reversed(FILES)]
+    reason = "(CPU tensor, and TRITON_INTERPRET=1 is not set)"
+    assert lines[1:5] == [
+        f"train_steps: looped {reason}",
+        f"linear_relu: PyTorch {reason}",
+        f"linear: PyTorch {reason}",
+        f"cross_entropy: PyTorch {reason}",
+    ]
+    assert lines[6:] == [f"wrote {tmp_path / 'a' / name}" for name in reversed(FILES)]
     assert sorted(os.listdir(tmp_path / "a")) == FILES
 
     model = load_model(tmp_path / "a" / "model.safetensors")
     assert model.fc1.weight.shape == (16, 64)
     _, accuracy = evaluate(model, fusednn.CrossEntropyLoss(), load(5).test)
-    assert lines[4] == f"test accuracy {accuracy:.3f}"
+    assert lines[5] == f"test accuracy {accuracy:.3f}"
     with open(tmp_path / "a" / "history.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2"]
@@ -86,13 +91,42 @@ def test_seed_decides_the_first_weights(tmp_path: Path, pytorch: None):
     assert not torch.equal(one["fc1.weight"], two["fc1.weight"])
 
 
+OPERATIONS = ["linear_relu: Triton interpreter", "linear: Triton interpreter", "cross_entropy: Triton interpreter"]
+
+
 def test_train_runs_the_kernels_in_the_interpreter(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    # Batches larger than the training set: one step.
+    # Batches larger than the training set: one step, of more rows than the training kernel takes.
     assert main(["train", "--epochs", "1", "--batch-size", "2000", "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" (")[0] for line in lines[1:4]] == [
-        "linear_relu: Triton interpreter", "linear: Triton interpreter", "cross_entropy: Triton interpreter",
-    ]  # fmt: skip
+    assert lines[1].startswith("train_steps: looped (64-128-10 with batches of 1437")
+    assert [line.split(" (")[0] for line in lines[2:5]] == OPERATIONS
+
+
+def test_train_runs_the_training_kernel_in_the_interpreter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    steps = []
+    launch = Resident._launch
+
+    def watched(self: Resident, number: int) -> None:
+        steps.append(number)
+        launch(self, number)
+
+    monkeypatch.setattr(Resident, "_launch", watched)
+    options = ["train", "--epochs", "2", "--batch-size", "500", "--hidden", "16"]
+    assert main([*options, "--out", str(tmp_path / "kernel")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "train_steps: resident (Triton interpreter, torch.float32, 64-16-10, batch 500)"
+    assert [line.split(" (")[0] for line in lines[2:5]] == OPERATIONS
+    assert sum(steps) == 2 * 3  # and none before the training
+
+    with monkeypatch.context() as without:
+        without.setattr("fusednn.dispatch.INTERPRETED", False)
+        assert main([*options, "--out", str(tmp_path / "loop")]) == 0
+    assert sum(steps) == 2 * 3
+    kernel, loop = (load_file(tmp_path / name / "model.safetensors") for name in ("kernel", "loop"))
+    for name, parameter in kernel.items():
+        torch.testing.assert_close(parameter, loop[name], rtol=0, atol=1e-4)
 
 
 def test_bar_in_a_log_is_a_handful_of_updates(tmp_path: Path, pytorch: None, capsys: pytest.CaptureFixture[str]):
@@ -226,7 +260,7 @@ def test_defects_are_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_interrupt_is_one_line_and_leaves_nothing(tmp_path: Path):
     process = start("train", "--epochs", "1000000", "--out", tmp_path)
     assert process.stdout is not None
-    for _ in range(4):  # the device and the operations: training begins
+    for _ in range(5):  # the device, the training and the operations: training begins
         process.stdout.readline()
     process.send_signal(signal.SIGINT)
     try:
@@ -237,6 +271,14 @@ def test_interrupt_is_one_line_and_leaves_nothing(tmp_path: Path):
     assert errors.splitlines()[-1] == "error: interrupted; run it again to start over"
     assert "Traceback" not in errors
     assert os.listdir(tmp_path) == []
+
+
+def test_backend_that_matplotlib_does_not_know_is_no_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MPLBACKEND", "nonsense")  # as notebooks and shells set it
+    process = start("train", "--epochs", "1", "--batch-size", "2000", "--out", tmp_path)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert sorted(os.listdir(tmp_path)) == FILES
 
 
 def test_reader_that_leaves_gets_no_traceback(tmp_path: Path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from fusednn import explain
 from fusednn.app.data import load
 from fusednn.app.loop import Epoch, evaluate, fit
 
@@ -13,12 +14,23 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
 
 
+def adam(model: nn.Module, lr: float) -> torch.optim.Adam:
+    return torch.optim.Adam(model.parameters(), lr=lr)
+
+
+@pytest.fixture
+def looped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch trains, as in a process without TRITON_INTERPRET: the same bits as the loop written out."""
+    monkeypatch.setattr("fusednn.dispatch.INTERPRETED", False)
+
+
+@pytest.mark.usefixtures("looped")
 def test_fit_is_the_textbook_loop():
     digits, criterion = load(0), nn.CrossEntropyLoss()
     model, reference = network(), network()
-    history = list(fit(model, criterion, digits, epochs=2, batch_size=100, lr=0.01, seed=7))
+    history = list(fit(model, adam(model, 0.01), criterion, digits, epochs=2, batch_size=100, seed=7))
 
-    optimizer = torch.optim.Adam(reference.parameters(), lr=0.01)
+    optimizer = adam(reference, 0.01)
     generator = torch.Generator().manual_seed(7)
     for _ in range(2):
         for rows in torch.randperm(1437, generator=generator).split(100):
@@ -32,11 +44,22 @@ def test_fit_is_the_textbook_loop():
     assert history[-1][2:] == evaluate(reference, criterion, digits.validation)
 
 
+def test_every_epoch_is_one_call_of_train_steps():
+    digits, model = load(0), network()
+    epochs = fit(model, adam(model, 0.01), nn.CrossEntropyLoss(), digits, epochs=2, batch_size=500, seed=7)
+    for _ in range(2):
+        decisions = explain(next, epochs)
+        assert [(decision.operation, decision.implementation) for decision in decisions] == [
+            ("train_steps", "resident")
+        ]
+
+
+@pytest.mark.usefixtures("looped")
 def test_losses_are_means_over_the_images():
     # One batch of 1,000 and one of 437, and steps too small to matter: a mean over the batches would differ.
     digits, model, criterion = load(0), network(), nn.CrossEntropyLoss()
     expected, _ = evaluate(model, criterion, digits.train)
-    (row,) = fit(model, criterion, digits, epochs=1, batch_size=1000, lr=1e-12, seed=0)
+    (row,) = fit(model, adam(model, 1e-12), criterion, digits, epochs=1, batch_size=1000, seed=0)
     assert row.train_loss == pytest.approx(expected, rel=1e-6)
     halves = [
         evaluate(model, criterion, type(digits.train)(*(t[rows] for t in digits.train)))[0]
@@ -45,10 +68,11 @@ def test_losses_are_means_over_the_images():
     assert sum(halves) / 2 != pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.usefixtures("looped")
 def test_a_loss_that_is_not_finite_ends_the_training():
-    digits = load(0)
+    digits, model = load(0), network()
     with pytest.raises(FloatingPointError, match="in epoch 1"):
-        list(fit(network(), nn.CrossEntropyLoss(), digits, epochs=3, batch_size=500, lr=1e30, seed=0))
+        list(fit(model, adam(model, 1e30), nn.CrossEntropyLoss(), digits, epochs=3, batch_size=500, seed=0))
 
 
 def test_evaluate_counts_and_leaves_no_graph():

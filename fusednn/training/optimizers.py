@@ -112,10 +112,8 @@ class KernelOptimizer:
 
         Nothing waits for a device: a learning rate or a step count that lies there is worked with there.
         """
-        places = zip(self.parameters, self.groups, strict=True)
-        fresh = {
-            id(parameter) for parameter, group in places if parameter is not None and self._make_state(parameter, group)
-        }
+        groups = self.optimizer.param_groups  # in torch.optim's order, in which state_dict too lists the states
+        fresh = {id(held) for group in groups for held in group["params"] if self._make_state(held, group)}
         history = self._advance_schedule(steps)
         tables = [
             torch.zeros(steps, ROW, dtype=torch.float64)

@@ -1,0 +1,236 @@
+"""on_chunk, Ctrl-C and errors: whatever ends a run, whole steps are done, those that on_chunk was told of."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fusednn import reference, train_steps
+from fusednn.training import captured, looped, nets, pacing
+from fusednn.training.job import check
+
+from .runs import adam, data, net
+
+
+@pytest.fixture(params=["resident", "looped"])
+def model(request: pytest.FixtureRequest, device: str) -> nn.Module:
+    model = net(device)
+    if request.param == "looped":
+        model.register_forward_hook(lambda module, args, output: None)
+    return model
+
+
+class Watcher:
+    """An on_chunk that keeps what it is told, and calls `then` at the end."""
+
+    def __init__(self, then: Callable[[int], Any] = lambda done: None) -> None:
+        self.done: list[int] = []
+        self.losses: list[Tensor] = []
+        self.then = then
+
+    def __call__(self, done: int, losses: Tensor) -> None:
+        self.done.append(done)
+        self.losses.append(losses)
+        self.then(done)
+
+
+def after(steps: int, device: str) -> list[Tensor]:
+    """The parameters after so many steps of the reference loop."""
+    model = net(device)
+    generator = torch.Generator().manual_seed(3)
+    reference.train_steps(model, adam(model.parameters()), *data(device), steps=steps, generator=generator)
+    return list(model.parameters())
+
+
+def run(model: nn.Module, watcher: Watcher, **arguments: Any) -> Tensor:
+    device = next(model.parameters()).device.type
+    generator = torch.Generator().manual_seed(3)
+    losses: Tensor = train_steps(
+        model, adam(model.parameters()), *data(device), generator=generator, on_chunk=watcher, **arguments
+    )
+    return losses
+
+
+def assert_stopped_after(steps: int, model: nn.Module) -> None:
+    for ours, theirs in zip(model.parameters(), after(steps, next(model.parameters()).device.type), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_every_so_many_steps(model: nn.Module) -> None:
+    watcher = Watcher()
+    losses = run(model, watcher, steps=8, chunk_steps=3)
+    assert watcher.done == [3, 6, 8]
+    assert [len(chunk) for chunk in watcher.losses] == [3, 3, 2]
+    assert torch.equal(torch.cat(watcher.losses), losses)
+
+
+def test_without_a_number_all_steps_are_told_of_once(model: nn.Module) -> None:
+    watcher = Watcher()
+    losses = run(model, watcher, steps=30)
+    assert watcher.done[-1] == 30
+    assert watcher.done == sorted(set(watcher.done))
+    assert torch.equal(torch.cat(watcher.losses), losses)
+
+
+def test_a_slow_loop_tells_ten_times_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no time at all for a chunk each step is one."""
+    monkeypatch.setattr(looped, "CHUNK_SECONDS", 0.0)
+    monkeypatch.setattr(pacing, "CHUNK_SECONDS", 0.0)
+    for hook in (True, False):
+        watcher, model = Watcher(), net("cpu")
+        if hook:
+            model.register_forward_hook(lambda module, args, output: None)
+        run(model, watcher, steps=4)
+        assert watcher.done == [1, 2, 3, 4]
+
+
+def test_stop_iteration_ends_the_training(model: nn.Module) -> None:
+    def stop(done: int) -> None:
+        if done == 4:
+            raise StopIteration
+
+    watcher = Watcher(stop)
+    losses = run(model, watcher, steps=10, chunk_steps=2)
+    assert watcher.done == [2, 4]
+    assert losses.shape == (4,)
+    assert_stopped_after(4, model)
+
+
+def test_an_error_in_on_chunk(model: nn.Module) -> None:
+    def fail(done: int) -> None:
+        if done == 4:
+            raise ZeroDivisionError
+
+    watcher = Watcher(fail)
+    with pytest.raises(ZeroDivisionError):
+        run(model, watcher, steps=10, chunk_steps=2)
+    assert watcher.done == [2, 4]
+    assert_stopped_after(4, model)
+
+
+@pytest.fixture
+def own_handler() -> Iterator[Any]:
+    before = signal.getsignal(signal.SIGINT)
+    yield before
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_in_the_middle_of_a_step(own_handler: Any) -> None:
+    """It comes while the model runs; the step is finished, and told of, before KeyboardInterrupt is raised."""
+    model, calls = net("cpu"), []
+
+    def interrupt(*args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    model.register_forward_hook(interrupt)
+    watcher = Watcher()
+    with pytest.raises(KeyboardInterrupt):
+        run(model, watcher, steps=10_000, chunk_steps=1000)
+    assert watcher.done == [3]
+    assert len(watcher.losses[0]) == 3
+    assert_stopped_after(3, model)
+
+
+def test_ctrl_c_in_a_resident_run(own_handler: Any) -> None:
+    watcher, model = Watcher(), net("cpu")
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        run(model, watcher, steps=10_000)
+    assert 0 < watcher.done[-1] < 10_000
+    assert sum(map(len, watcher.losses)) == watcher.done[-1]
+    assert_stopped_after(watcher.done[-1], model)
+
+
+def test_ctrl_c_in_on_chunk_is_heard_there(own_handler: Any) -> None:
+    watcher, model = Watcher(lambda done: os.kill(os.getpid(), signal.SIGINT)), net("cpu")
+    with pytest.raises(KeyboardInterrupt):
+        run(model, watcher, steps=10, chunk_steps=2)
+    assert watcher.done == [2]
+    assert_stopped_after(2, model)
+
+
+def test_in_another_thread(model: nn.Module) -> None:
+    watcher, losses = Watcher(), []
+    thread = threading.Thread(target=lambda: losses.append(run(model, watcher, steps=4, chunk_steps=2)))
+    thread.start()
+    thread.join()
+    assert losses[0].shape == (4,)
+    assert watcher.done == [2, 4]
+
+
+def test_an_error_in_a_step_tells_of_those_before_it() -> None:
+    """A label that only the loop meets, in the third batch."""
+    model, (x, targets) = net("cpu"), data("cpu")
+    model.register_forward_hook(lambda module, args, output: None)
+    targets[35] = 10
+    watcher = Watcher()
+    with pytest.raises(IndexError, match="Target 10 is out of bounds"):
+        train_steps(
+            model, adam(model.parameters()), x, targets, batch_size=16, epochs=1, shuffle=False, on_chunk=watcher
+        )
+    assert watcher.done[-1] == sum(map(len, watcher.losses)) == 2
+
+
+@pytest.mark.parametrize("arguments", [{"steps": 12, "batch_size": 7}, {"epochs": 4, "batch_size": 16}], ids=str)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_captured_loop(monkeypatch: pytest.MonkeyPatch, momentum: float, arguments: dict[str, Any]) -> None:
+    """As the reference loop; what on a GPU is a graph is here the function that it would have been captured from."""
+    captures: list[Any] = []
+    monkeypatch.setattr(captured, "capture", lambda step, stream: captures.append(step) or step)
+    monkeypatch.setattr(pacing, "CHUNK_SECONDS", 10.0)
+    x, targets = data("cpu")
+    states = []
+    for loop in (True, False):
+        torch.manual_seed(1)
+        layers = nn.Linear(20, 24), nn.GELU(), nn.LayerNorm(24), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 10)
+        model = nn.Sequential(*layers)
+        make = torch.optim.SGD if momentum else torch.optim.AdamW
+        optimizer = make(model.parameters(), lr=0.01, weight_decay=0.1, **({"momentum": momentum} if momentum else {}))
+        given: dict[str, Any] = {
+            "generator": torch.Generator().manual_seed(3), "criterion": nn.CrossEntropyLoss(label_smoothing=0.1),
+            "lr_schedule": torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.5), "return_accuracy": True,
+        }  # fmt: skip
+        if loop:
+            traces = reference.train_steps(model, optimizer, x, targets, **given, **arguments)
+        else:
+            defaults = {
+                "epochs": None,
+                "steps": None,
+                "shuffle": True,
+                "drop_last": False,
+                "order": "torch",
+                "seed": None,
+            }
+            job = check(model, optimizer, x, targets, **defaults | given | arguments)
+            engine = captured.Captured(job, nets.find_pure(model))
+            while engine.done < job.steps:
+                engine.advance(job.steps - engine.done, None)
+            traces = torch.cat(engine.losses), torch.cat(engine.accuracies)
+        state = [list(entry.values()) for entry in optimizer.state_dict()["state"].values()]
+        states.append((*traces, model.state_dict(), state, given["generator"].get_state()))
+    assert len(captures) == 1
+    torch.testing.assert_close(states[1], states[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_captured_on_a_gpu() -> None:
+    """The same bits as the loop that is not captured, and the reference's values."""
+    x, targets = data("cuda", 500)
+    results = []
+    for threshold in (50, 10**9):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(20, 24), nn.GELU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 10)).cuda()
+        optimizer, generator = adam(model.parameters()), torch.Generator().manual_seed(3)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fusednn.training.plan.CAPTURED_STEPS", threshold)
+            losses = train_steps(model, optimizer, x, targets, epochs=5, generator=generator)
+        results.append([losses, *model.parameters()])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)

@@ -6,10 +6,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help train test test-full lint bench resources mutants gpu clean
+.PHONY: help train test test-full lint bench resources resources-3.6 mutants gpu clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +38,11 @@ bench: $(READY)  ## the benchmarks that this machine can run, and the traffic ta
 resources: $(READY)  ## registers, spills and instructions of every kernel, compiled ahead of time
 	$(BIN)/python -m bench.resources --check
 
+resources-3.6:  ## the same of the training kernel under Triton 3.6, the GPU images' one, from an environment of its own
+	$(PYTHON) -m venv $(VENV)-3.6
+	$(VENV)-3.6/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 triton==3.6.0 'numpy<2.4'
+	PYTHONPATH=. $(VENV)-3.6/bin/python -m bench.resources --kernels mlp_training
+
 mutants: $(READY)  ## break each kernel on purpose; fails if the tests let one breakage live
 	$(BIN)/python -m tests.mutants
 
@@ -45,4 +50,4 @@ gpu:  ## on a GPU: the tests marked gpu, then the benchmarks, within 9 minutes
 	$(PYTHON) -m bench.gpu
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) *.egg-info build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .benchmarks
+	rm -rf $(VENV) $(VENV)-3.6 *.egg-info build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .benchmarks

@@ -45,6 +45,7 @@ def of(file: str, kernel: str, *changes: tuple[str, str, str]) -> list[Mutant]:
 
 LINEAR, NUMERICS, LAUNCH = "kernels/linear.py", "kernels/numerics.py", "kernels/launch.py"
 LAUNCHER, CROSS_ENTROPY = "kernels/cross_entropy.py", "kernels/cross_entropy_kernels.py"
+TRAINING, ADAM, OPTIMIZERS = "kernels/mlp_training.py", "kernels/adam.py", "fusednn/training/optimizers.py"
 
 MUTANTS = [
     *of(
@@ -262,6 +263,97 @@ MUTANTS = [
         ("any stream", "get_current_stream(device)", "get_current_stream(0)"),
     ),
     *of(NUMERICS, "sum_dtype", ("float64 in float32", "tl.float64 if dtype == tl.float64 else", "")),
+    *of(
+        TRAINING,
+        "hidden_tile",
+        ("stride of x", "(offs_i * strides[1])[None, :]", "offs_i[None, :]"),
+        ("mask of I", "mask=mask_b[:, None] & (offs_i < I)[None, :]", "mask=mask_b[:, None]"),
+        ("relu of NaN", "tl.where(z <= 0, 0.0, z)", "tl.where(z > 0, z, 0.0)"),
+        ("no bias", "z += tl.load", "z += 0 * tl.load"),
+    ),
+    *of(
+        TRAINING,
+        "loss_tile",
+        (
+            "logits past the end",
+            'y = tl.where(mask_o[None, :], y, float("-inf"))',
+            "y = tl.where(mask_o[None, :], y, 0.0)",
+        ),
+        ("loss of the masses", "a * shifted", "a * y"),
+        ("loss of the label", "loss -= kept * tl.sum", "loss -= weight * tl.sum"),
+        ("loss of the smoothing", "loss -= share * tl.sum", "loss += share * tl.sum"),
+        ("the last of equal logits", "tl.argmax(tl.where(y == y", "O - 1 - tl.argmax(tl.where(y == y"),
+        ("right without counting", "valid & (largest == label)", "largest == label"),
+        ("gradient past the end", "tl.where(mask, dy, 0.0)", "dy"),
+    ),
+    *of(
+        TRAINING,
+        "forward_tile",
+        ("place of h", "offs_b[:, None] * H + offs_h[None, :], h", "offs_b[:, None] * BLOCK_H + offs_h[None, :], h"),
+        ("no second bias", "y += tl.load", "y += 0 * tl.load"),
+        ("stride of the targets", "offs_o, strides[2], ignore", "offs_o, 1, ignore"),
+        ("db2 not summed", "tl.sum(dy, axis=0), counted", "tl.max(dy, axis=0), counted"),
+    ),
+    *of(
+        TRAINING,
+        "backward_output",
+        ("dy not divided", "mask=mask_b[:, None], other=0.0) * scale", "mask=mask_b[:, None], other=0.0)"),
+        ("gradient at zero", "tl.where(h <= 0, 0.0, tl.dot(dy", "tl.where(h < 0, 0.0, tl.dot(dy"),
+        ("db1 of a tile", "db1 += tl.sum", "db1 = tl.sum"),
+        ("state of W2", "firsts[2], seconds[2], offs_w", "firsts[2], firsts[2], offs_w"),
+        ("row of b1", "row_ptr + ROW, RULE", "row_ptr, RULE"),
+        ("row of W2", "row_ptr + 2 * ROW", "row_ptr + ROW"),
+    ),
+    *of(
+        TRAINING,
+        "backward_input",
+        ("rows in order", "rows = tl.load(order_ptr + offs_b, mask=mask_b, other=0)", "rows = offs_b.to(tl.int64)"),
+        ("mask of the batch", "mask=mask_b[None, :] & mask_h[:, None]", "mask=mask_h[:, None]"),
+        ("columns of W1", "offs_h[:, None] * I + offs_i[None, :]", "offs_h[:, None] * BLOCK_I + offs_i[None, :]"),
+    ),
+    *of(
+        TRAINING,
+        "mlp_training_kernel",
+        ("every batch full", "tl.minimum(batch_size, epoch_rows - position)", "batch_size"),
+        ("the mean of a sum", "loss / weight if MEAN else loss", "loss / weight"),
+        ("no rows, no gradient", "tl.where(counted > 0, 1.0 / weight, 1.0)", "1.0 / weight"),
+        ("one row for all steps", "row_ptr = table_ptr + step * (4 * ROW)", "row_ptr = table_ptr"),
+        ("db2 not divided", "db2 * scale", "db2"),
+        ("same rows again", "order_ptr += size", "order_ptr += 0"),
+        ("epochs without an end", "tl.where(position + size >= epoch_rows, 0, position + size)", "position + size"),
+        ("one loss for all steps", "tl.store(buffers[2] + step", "tl.store(buffers[2]"),
+        ("accuracy of the batch", "right / counted", "right / size"),
+    ),
+    *of(
+        ADAM,
+        "update",
+        ("sign", "g *= tl.load(row_ptr + SIGN)", "g *= 1.0"),
+        ("sign of the decay", "tl.fma(w, tl.load(row_ptr + DECAY), g)", "tl.fma(-w, tl.load(row_ptr + DECAY), g)"),
+        ("no shrinking", "w *= tl.load(row_ptr + SHRINK)", "w *= 1.0"),
+        ("first moment", "tl.load(row_ptr + GRAD_PART) * (g - m)", "tl.load(row_ptr + GRAD_PART) * g"),
+        ("second moment", "tl.load(row_ptr + SQUARE_PART) * g * g", "tl.load(row_ptr + SQUARE_PART) * g"),
+        ("root not corrected", "tl.sqrt(v) * tl.load(row_ptr + ROOT)", "tl.sqrt(v)"),
+        ("first moment not kept", "tl.store(m_ptr + offs, m, mask=mask)\n        v", "v"),
+        ("Nesterov", "g + momentum * m if RULE", "m if RULE"),
+        ("damping", "tl.load(row_ptr + UNDAMPED) * g", "g"),
+    ),
+    *of(
+        ADAM,
+        "optimizer_step_kernel",
+        ("row of the step", "(tl.load(step_ptr) * parameters + index)", "index"),
+        ("row of the parameter", "parameters + index) * ROW", "parameters) * ROW"),
+        ("last element", "mask = offs < size", "mask = offs < size - 1"),
+    ),
+    *of(
+        OPTIMIZERS,
+        "_table",
+        ("bias correction", "lr / (1 - beta1**t)", "lr"),
+        ("root of the second", "(1 - beta2**t).rsqrt()", "1.0"),
+        ("step of the state", "count.to(device, torch.float64) + torch.arange", "torch.arange"),
+        ("decoupled decay", "1 - lr * decay", "1 - decay"),
+        ("dampened at first", "table[0, UNDAMPED] = 1.0", "pass"),
+    ),
+    *of(OPTIMIZERS, "take", ("steps not counted", 'state["step"] += steps', "pass")),
 ]
 """A mask, a stride, a sign, a scale, a dtype: what goes wrong in kernels."""
 
@@ -271,6 +363,9 @@ TESTS = {
     CROSS_ENTROPY: ["tests/kernels/test_cross_entropy.py"],
     LAUNCHER: ["tests/kernels/test_cross_entropy.py"],
     NUMERICS: ["tests/kernels/test_numerics.py", "tests/kernels"],
+    TRAINING: ["tests/kernels/test_mlp_training.py"],
+    ADAM: ["tests/kernels/test_mlp_training.py", "tests/training"],
+    OPTIMIZERS: ["tests/training"],
 }
 
 

@@ -31,6 +31,17 @@ def test_simple_nn_in_bfloat16() -> None:
             assert any(line.startswith(kernel) and target in line for line in table.splitlines())
 
 
+def test_the_training_loop_of_the_textbook_net() -> None:
+    """In exact float32 nothing spills; in TF32 at most the budget."""
+    table = check("--kernels", "64-128-10 batch 32 default", "--targets", "sm_80,sm_90,sm_100")
+    lines = [line for line in table.splitlines() if line.startswith("mlp_training")]
+    assert len(lines) == 6
+    for line in lines:
+        registers, stack, spills = map(int, line.split("sm_")[1].split()[1:4])
+        assert 32 < registers <= 255
+        assert (stack, spills) == (0, 0) or ("tf32" in line and stack <= 32)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_everything_that_a_launcher_can_choose(target: str) -> None:

@@ -40,7 +40,9 @@ def test_the_layers_hold(copy: Path) -> None:
         ("fusednn/reference.py", "from . import functional"),
         ("fusednn/ops/linear.py", "from fusednn import functional"),
         ("fusednn/modules.py", "from .fuse import unfuse"),
-        ("fusednn/fuse.py", "import fusednn.app.cli"),
+        ("fusednn/fuse.py", "from .training import train_steps"),
+        ("fusednn/training/plan.py", "import fusednn.app.cli"),
+        ("kernels/mlp_training.py", "import fusednn.training"),
     ],
 )
 def test_an_upward_import_is_seen(copy: Path, module: str, line: str) -> None:

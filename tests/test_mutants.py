@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from tests.mutants import CROSS_ENTROPY, LINEAR, MUTANTS, ROOT, Mutant
+from tests.mutants import ADAM, CROSS_ENTROPY, LINEAR, MUTANTS, ROOT, TRAINING, Mutant
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
@@ -15,7 +15,7 @@ def test_a_mutant_changes_its_file(mutant: Mutant) -> None:
     compile(source, mutant.file, "exec")
 
 
-@pytest.mark.parametrize("file", [LINEAR, CROSS_ENTROPY])
+@pytest.mark.parametrize("file", [LINEAR, CROSS_ENTROPY, TRAINING, ADAM])
 def test_every_kernel_has_three(file: str) -> None:
     counts = Counter(mutant.name.split(":")[0] for mutant in MUTANTS if mutant.file == file)
     kernels = re.findall(r"^def (\w+_kernel)\(", (ROOT / file).read_text(), re.MULTILINE)

@@ -67,6 +67,8 @@ class Captured:
         with torch.cuda.stream(self.stream):
             self._run(steps)
         current.wait_stream(self.stream)
+        for trace in (*self.losses[-1:], *self.accuracies[-1:]):
+            trace.record_stream(current)
 
     def _run(self, steps: int) -> None:
         rows, self.taken = self.rows.take(steps), self.optimizer.take(steps)

@@ -19,15 +19,17 @@ class Pace:
 
     def __init__(self, data: Tensor, first: int, most: int) -> None:
         """`data` says on which device; a first chunk has at most `first` steps, any at most `most`."""
-        self.device = data.device if data.is_cuda else None
+        self.data, self.device = data, data.device if data.is_cuda else None
         self.chunk, self.most = max(1, min(first, most)) if data.is_cuda else 1, most
         self.marks: deque[tuple[int, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def send(self, steps: int, launch: Callable[[int], None]) -> None:
         """Let `launch` launch so many steps; wait for the chunk before it."""
-        if self.device is None:  # the interpreter: what is launched is done
+        if self.device is None:  # the interpreter, or a device that is waited for
             begin = time.monotonic()
             launch(steps)
+            if not self.data.is_cpu:
+                torch.accelerator.synchronize(self.data.device)
             self._adapt(steps, time.monotonic() - begin)
             return
         started = self._mark()

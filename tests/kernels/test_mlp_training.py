@@ -26,7 +26,7 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 class Net:
-    """Random parameters, their gradients in float64, and the data; x and targets are views with gaps between them."""
+    """Random parameters, their gradients in float64, and the data; x and targets are views with gaps, x's full of NaN."""
 
     def __init__(self, device: str, rows: int = 50, bias: bool = True, dtype: torch.dtype = torch.float64) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -34,7 +34,8 @@ class Net:
         def random(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=dtype).to(device)
 
-        self.x = random(2 * rows, 2 * INPUTS)[::2, 1::2]
+        self.x = torch.full((2 * rows, 2 * INPUTS), float("nan"), dtype=dtype, device=device)[::2, 1::2]
+        self.x.copy_(random(rows, INPUTS))
         self.targets = torch.randint(0, OUTPUTS, (rows, 3), generator=generator).to(device)[:, 1]
         self.order = torch.randperm(rows, generator=generator).to(device)
         biases = [random(HIDDEN), random(OUTPUTS)] if bias else [None, None]

@@ -13,7 +13,8 @@ from .orders import Rows
 from .pacing import Pace
 
 FIRST_CHUNK = 2**30
-"""Products in the first chunk, before any is timed, while Python readies the second: 10 ms at 0.1 TFLOP/s. Unmeasured."""
+"""Products in the first chunk, which nobody has timed yet: 10 ms at 0.1 TFLOP/s, in which Python readies the next one.
+Unmeasured."""
 
 MOST_STEPS = 10_000
 """The most steps of a chunk: its order and table take 144 bytes of memory a step and 8 a row."""

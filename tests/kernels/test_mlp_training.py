@@ -26,7 +26,7 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 class Net:
-    """Random parameters, their gradients in float64, and the data; x and targets are views with gaps, x's full of NaN."""
+    """Random parameters, their gradients, and the data: x and targets are views with gaps, those of x full of NaN."""
 
     def __init__(self, device: str, rows: int = 50, bias: bool = True, dtype: torch.dtype = torch.float64) -> None:
         generator = torch.Generator().manual_seed(1)

@@ -140,6 +140,7 @@ def accuracy(outputs: Tensor, targets: Tensor, ignore_index: int = -100) -> Tens
     """The share of the rows that are not ignored whose largest logit is the target's, 0-d; NaN where there is none."""
     if targets.is_floating_point():
         return (outputs.argmax(1) == targets.argmax(1)).to(outputs.dtype).mean()
+    targets = targets.long()  # or -100 would be compared as the 156 that it is in uint8
     counted = targets != ignore_index
     right = (outputs.argmax(1) == targets) & counted
     return right.sum().to(outputs.dtype) / counted.sum()

@@ -101,6 +101,22 @@ def reduce_losses(
 
 
 @triton.jit
+def softmax_losses(x, a, mass, label, kept, share, offs_c, mask, MASSES: tl.constexpr, SMOOTHED: tl.constexpr):
+    """Of whole rows: the logits below their maximum, their exponentials and the sum of those, and the losses."""
+    shifted = x - tl.max(x, axis=1)[:, None]
+    exps = tl.exp(shifted)
+    total_exp = tl.sum(exps, axis=1)
+    loss = mass * tl.log(total_exp)
+    if MASSES:
+        loss -= tl.sum(tl.where(mask, a * shifted, 0.0), axis=1)
+    else:
+        loss -= kept * tl.sum(tl.where(offs_c[None, :] == label[:, None], shifted, 0.0), axis=1)
+    if SMOOTHED and not MASSES:
+        loss -= share * tl.sum(tl.where(mask, shifted, 0.0), axis=1)
+    return shifted, exps, total_exp, loss
+
+
+@triton.jit
 def finish_losses(loss, valid, in_range):
     """Ignored rows lose 0, rows with a label out of range NaN."""
     return tl.where(valid, tl.where(in_range, loss, float("nan")), 0.0)
@@ -167,16 +183,7 @@ def cross_entropy_kernel(
         )
         mass = tl.sum(a, axis=1)
 
-    shifted = x - tl.max(x, axis=1)[:, None]
-    exps = tl.exp(shifted)
-    total_exp = tl.sum(exps, axis=1)
-    loss = mass * tl.log(total_exp)
-    if MASSES:
-        loss -= tl.sum(tl.where(mask, a * shifted, 0.0), axis=1)
-    else:
-        loss -= kept * tl.sum(tl.where(offs_c[None, :] == label[:, None], shifted, 0.0), axis=1)
-    if SMOOTHED and not MASSES:
-        loss -= share * tl.sum(tl.where(mask, shifted, 0.0), axis=1)
+    shifted, exps, total_exp, loss = softmax_losses(x, a, mass, label, kept, share, offs_c, mask, MASSES, SMOOTHED)
     loss = finish_losses(loss, valid, in_range)
     total = reduce_losses(
         loss, weight, offs_m, M, loss_ptr, total_ptr, counts, REDUCTION, ONE_PROGRAM, COUNTED, MOST_COUNTS

@@ -24,7 +24,14 @@ import triton.language as tl
 
 from .adam import ROW, update
 from .cross_entropy import float_bits
-from .cross_entropy_kernels import finish_gradient, finish_losses, load_labels, load_masses, split_smoothing
+from .cross_entropy_kernels import (
+    finish_gradient,
+    finish_losses,
+    load_labels,
+    load_masses,
+    softmax_losses,
+    split_smoothing,
+)
 from .launch import Launch, LaunchConfig, launch, plan
 from .linear import precision_of
 
@@ -72,16 +79,7 @@ def loss_tile(
         mass = tl.sum(a, axis=1)
 
     y = tl.where(mask_o[None, :], y, float("-inf"))
-    shifted = y - tl.max(y, axis=1)[:, None]
-    exps = tl.exp(shifted)
-    total_exp = tl.sum(exps, axis=1)
-    loss = mass * tl.log(total_exp)
-    if MASSES:
-        loss -= tl.sum(tl.where(mask, a * shifted, 0.0), axis=1)
-    else:
-        loss -= kept * tl.sum(tl.where(offs_o[None, :] == label[:, None], shifted, 0.0), axis=1)
-    if SMOOTHED and not MASSES:
-        loss -= share * tl.sum(tl.where(mask, shifted, 0.0), axis=1)
+    _, exps, total_exp, loss = softmax_losses(y, a, mass, label, kept, share, offs_o, mask, MASSES, SMOOTHED)
     p = exps / total_exp[:, None]
     dy = finish_gradient(p, a, mass, label, kept, share, offs_o, 1.0, valid, in_range, MASSES)
     largest = tl.argmax(tl.where(y == y, y, float("inf")), axis=1)  # the first of several; NaN is the largest

@@ -108,10 +108,12 @@ def _run(engine: Any, steps: int, on_chunk: Callable[[int, Tensor], object] | No
 
     def tell() -> bool:
         nonlocal told
-        fresh, told = engine.losses[told:], len(engine.losses)
+        fresh = engine.losses[told:]
         if on_chunk is not None and fresh:
+            losses = torch.cat(fresh)
+            told = len(engine.losses)
             try:
-                on_chunk(engine.done, torch.cat(fresh))
+                on_chunk(engine.done, losses)
             except StopIteration:
                 return False
         return True

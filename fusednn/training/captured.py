@@ -18,7 +18,7 @@ from .. import reference
 from ..kernels.adam import optimizer_step
 from .interrupts import Interrupts
 from .job import Job
-from .optimizers import ROW, KernelOptimizer, Rule, Steps
+from .optimizers import ROW, KernelOptimizer, Steps
 from .orders import Rows
 from .pacing import Pace
 
@@ -46,7 +46,7 @@ class Captured:
         self.stream = torch.cuda.Stream(inputs.device) if inputs.is_cuda else None
         self.taken: Steps | None = None
         self.replay: Callable[[], None] | None = None
-        self.rule: Rule | None = None  # that of the optimizer when the step was captured
+        self.captured: Steps | None = None  # what the optimizer was when the step was captured
 
     def advance(self, most: int, interrupts: Interrupts) -> None:
         """Make at least one and at most `most` steps: full batches, or a ragged one."""
@@ -54,9 +54,9 @@ class Captured:
         steps = max(1, min(most, self.pace.chunk, left))
         with torch.enable_grad():
             if left and self.done >= UNCAPTURED and self.replay is None and self.taken is not None:
-                self.replay, self.rule = capture(self._step_of_order, self.stream), self.taken.rule
+                self.replay, self.captured = capture(self._step_of_order, self.stream), self.taken
             self.pace.send(steps, self._run_on_stream)
-        self.done += steps
+        self.optimizer.finish()
 
     def _run_on_stream(self, steps: int) -> None:
         if self.stream is None:
@@ -71,12 +71,14 @@ class Captured:
             trace.record_stream(current)
 
     def _run(self, steps: int) -> None:
-        rows, self.taken = self.rows.take(steps), self.optimizer.take(steps)
+        self.taken = self.optimizer.take(steps)
+        steps = len(self.taken.table)
+        rows = self.rows.take(steps)
         self.table[:steps].copy_(self.taken.table)
         self.count.zero_()
         if len(rows) == steps * self.batch:
             self.order[:steps].copy_(rows.view(steps, -1))
-            step = self._step_of_order if self.replay is None or self.taken.rule != self.rule else self.replay
+            step = self.replay if self.replay is not None and self._is_captured() else self._step_of_order
             for _ in range(steps):
                 step()
         else:
@@ -86,6 +88,15 @@ class Captured:
         if self.job.return_accuracy:
             self.accuracies.append(accuracies)
         torch.autograd.graph.increment_version(self.parameters)
+        self.done += steps
+
+    def _is_captured(self) -> bool:
+        """Whether the optimizer has the rule and the tensors that the graph has: on_chunk may load others."""
+        now, then = self.taken, self.captured
+        assert now is not None
+        assert then is not None
+        states = zip(now.firsts + now.seconds, then.firsts + then.seconds, strict=True)
+        return now.rule == then.rule and all(a is b for a, b in states)
 
     def _step_of_order(self) -> None:
         self._step(self.order.index_select(0, self.count).view(-1))

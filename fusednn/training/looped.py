@@ -38,11 +38,13 @@ class Looped:
         loss = job.criterion(outputs, reference.as_long(targets))
         job.optimizer.zero_grad()
         loss.backward()
-        job.optimizer.step()
-        if job.lr_schedule is not None:
-            job.lr_schedule.step()
-        self.losses.append(loss.detach().reshape(1))
         if job.return_accuracy:
             ignored = getattr(job.criterion, "ignore_index", -100)
-            self.accuracies.append(reference.accuracy(outputs.detach(), targets, ignored).reshape(1))
+            right = reference.accuracy(outputs.detach(), targets, ignored).reshape(1)
+        job.optimizer.step()
+        self.losses.append(loss.detach().reshape(1))
+        if job.return_accuracy:
+            self.accuracies.append(right)
         self.done += 1
+        if job.lr_schedule is not None:  # last: what it may raise comes after a whole step
+            job.lr_schedule.step()

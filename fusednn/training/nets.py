@@ -1,5 +1,7 @@
 """Finds the net that the training kernels run, Linear, ReLU, Linear, in a user's model."""
 
+import copy
+from collections import deque
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -82,17 +84,49 @@ def _trace(model: Any) -> fx.Graph | str:
         return "the model has hooks"
     if any("forward" in vars(module) for module in model.modules()):
         return "a forward was replaced"
-    twin = twin_of(model, model.training)
-    before = dict(vars(twin))
+    if type(model).__call__ is not nn.Module.__call__:  # torch.fx begins at its forward
+        return "the model has a __call__ of its own"
+    twins: dict[nn.Module, nn.Module] = {}
     try:
+        twin = _twin(model, twins)
+        before = [_attributes(twin) for twin in twins.values()]
         with torch.random.fork_rng(devices=()):
             graph = _Tracer().trace(twin)
     except Exception as error:  # whatever the forward of a user raises when it gets no tensors
         words = str(error).strip().splitlines() or [type(error).__name__]
         return f"torch.fx cannot trace the model: {words[0]}"
-    if vars(twin).keys() != before.keys() or any(vars(twin)[name] is not before[name] for name in before):
-        return "the model's forward sets attributes"
+    for twin, attributes in zip(twins.values(), before, strict=True):
+        now = _attributes(twin)
+        if len(now) != len(attributes) or any(a is not b for a, b in zip(now, attributes, strict=True)):
+            return "the model's forward sets attributes"
     return graph
+
+
+def _twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
+    """`module` and all in it anew, but for the layers: their forward may set what it likes. `twins` collects them."""
+    if isinstance(module, (nn.Linear, nn.ReLU)):
+        return module
+    if module not in twins:
+        twin = twins[module] = twin_of(module, module.training)
+        vars(twin).update({name: copy.copy(value) for name, value in vars(module).items() if type(value) in _LISTS})
+        for name, child in module._modules.items():
+            twin._modules[name] = None if child is None else _twin(child, twins)
+    return twins[module]
+
+
+_LISTS = (list, set, deque)
+
+
+def _attributes(module: nn.Module) -> list[Any]:
+    """The attributes of `module` and what lies in them: the same objects as before, unless one was set."""
+    parts: list[Any] = [buffer._version for buffer in module._buffers.values() if buffer is not None]
+    for name, value in vars(module).items():
+        parts += [name, value]
+        if type(value) is dict:
+            parts += [*value, *value.values()]
+        elif type(value) in _LISTS:
+            parts += value
+    return parts
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -105,7 +139,7 @@ def has_hooks(module: nn.Module) -> bool:
 def against_parameters(parameters: list[Tensor]) -> str | None:
     """Why no kernel can write these."""
     for parameter in parameters:
-        if type(parameter) is not nn.Parameter or not parameter.requires_grad:
+        if type(parameter) is not nn.Parameter or not parameter.requires_grad or parameter.is_inference():
             return "a parameter is frozen or no plain nn.Parameter"
         if parameter.layout != torch.strided or not parameter.is_contiguous():
             return "a parameter is not contiguous"

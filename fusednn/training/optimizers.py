@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import optimizer as torch_optimizer
@@ -66,8 +67,10 @@ def refusal(optimizer: Optimizer, parameters: list[Tensor], schedule: Any) -> st
     if kind is SGD:
         if len({(group["momentum"] != 0, group["nesterov"]) for group in groups}) > 1:
             return "groups with and without momentum, or Nesterov's"
-        if groups[0]["momentum"] != 0 and schedule is not None and _may_cycle_momentum(schedule):
-            return "the schedule changes the momentum"
+        if schedule is not None and _may_cycle_momentum(schedule):
+            return "the schedule may change the momentum"
+    elif len({group["decoupled_weight_decay"] for group in groups}) > 1:
+        return "groups with and without decoupled weight decay"
     for parameter in parameters:
         for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
             state = optimizer.state.get(parameter, {}).get(name)
@@ -90,7 +93,7 @@ def _alike(state: Tensor, parameter: Tensor) -> bool:
 
 
 def _may_cycle_momentum(schedule: Any) -> bool:
-    """Whether `schedule` may set a momentum, perhaps to 0, where torch.optim leaves the buffer as it is."""
+    """Whether `schedule` may set a momentum, perhaps to 0, where torch.optim leaves the buffer as it is, or from 0."""
     if type(schedule).__module__ != "torch.optim.lr_scheduler":
         return True
     inner = getattr(schedule, "_schedulers", ())
@@ -104,17 +107,19 @@ class KernelOptimizer:
         """`parameters` are the optimizer's in the order of the table, None where a place is empty."""
         self.optimizer, self.parameters, self.schedule = optimizer, parameters, schedule
         self.is_adam = not isinstance(optimizer, SGD)
-        groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-        self.groups = [groups.get(id(parameter), {}) for parameter in parameters]
+        self.error: Exception | None = None
+        """What the schedule raised behind the last step that was taken: to be raised again when that step is made."""
 
     def take(self, steps: int) -> Steps:
         """What the next `steps` steps need. In the optimizer's state they count as done, the schedule is behind them.
 
-        Nothing waits for a device: a learning rate or a step count that lies there is worked with there.
+        They are fewer where the schedule raises an error, which `error` keeps. Nothing waits for a device: a learning
+        rate or a step count that lies there is worked with there.
         """
         groups = self.optimizer.param_groups  # in torch.optim's order, in which state_dict too lists the states
         fresh = {id(held) for group in groups for held in group["params"] if self._make_state(held, group)}
         history = self._advance_schedule(steps)
+        steps = steps if self.schedule is None else len(history)
         tables = [
             torch.zeros(steps, ROW, dtype=torch.float64)
             if parameter is None
@@ -152,14 +157,25 @@ class KernelOptimizer:
 
     def _advance_schedule(self, steps: int) -> list[list[dict[str, Any]]]:
         """The options of each parameter at each step, or once where no schedule changes them."""
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # else a scheduler warns that no step was made
+        of = {id(held): group for group in self.optimizer.param_groups for held in group["params"]}
+        groups = [of.get(id(parameter), {}) for parameter in self.parameters]
         if self.schedule is None:
-            return [self.groups]
+            return [groups]
         history = []
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # else the scheduler warns that no step was made
         for _ in range(steps):
-            history.append([{**group, "lr": _copied(group["lr"])} if group else group for group in self.groups])
-            self.schedule.step()
+            history.append([{**group, "lr": _copied(group["lr"])} if group else group for group in groups])
+            try:
+                self.schedule.step()
+            except Exception as error:  # OneCycleLR's, say, when it is at its end
+                self.error = error
+                break
         return history
+
+    def finish(self) -> None:
+        """Raise what the schedule raised, now that the steps before it are made."""
+        if self.error is not None:
+            raise self.error
 
     def _table(self, parameter: Tensor, options: list[dict[str, Any]], steps: int, fresh: bool) -> Tensor:
         """The rows of `parameter`, [steps, ROW], float64, where its learning rate or step count lies."""
@@ -179,8 +195,8 @@ class KernelOptimizer:
         if self.is_adam:
             beta1, beta2 = (series([group["betas"][i] for group in options]) for i in (0, 1))
             t = count.to(device, torch.float64) + torch.arange(1, steps + 1, device=device)
-            table[:, STEP_SIZE] = lr / (1 - beta1**t)
-            table[:, ROOT] = (1 - beta2**t).rsqrt()
+            table[:, STEP_SIZE] = lr / (1 - _power(beta1, t))
+            table[:, ROOT] = (1 - _power(beta2, t)).rsqrt()
             table[:, EPS] = series([group["eps"] for group in options])
             table[:, GRAD_PART], table[:, SQUARE_KEPT], table[:, SQUARE_PART] = 1 - beta1, beta2, 1 - beta2
         else:
@@ -198,6 +214,16 @@ class KernelOptimizer:
         if name == "momentum" and groups[0]["nesterov"]:
             name = "nesterov"
         return Rule(name, decays and not decoupled, decays and decoupled, any(group["maximize"] for group in groups))
+
+
+def _power(base: Tensor, exponents: Tensor) -> Tensor:
+    """base ** exponents [steps], of which no bit depends on how many they are.
+
+    PyTorch's vectors and its code for the rest that fills none round differently: here all lie in vectors.
+    """
+    steps = len(exponents)
+    filled = -steps % 64
+    return (F.pad(base.expand(steps), (0, filled)) ** F.pad(exponents, (0, filled)))[:steps]
 
 
 def _copied(value: Any) -> Any:

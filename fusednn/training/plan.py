@@ -65,6 +65,8 @@ def _against_data(job: Job) -> str | None:
         return reason
     if torch.is_autocast_enabled(inputs.device.type):
         return "autocast is on"
+    if torch.is_inference_mode_enabled():
+        return "inference mode is on"
     if inputs.dtype not in (torch.float32, torch.float64):
         return f"no training kernel for {inputs.dtype}"
     if type(inputs) is not Tensor or inputs.requires_grad:

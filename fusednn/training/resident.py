@@ -34,14 +34,14 @@ class Resident:
 
     def advance(self, most: int, interrupts: Interrupts) -> None:
         """Launch at least one and at most `most` steps."""
-        steps = min(most, self.pace.chunk)
-        self.pace.send(steps, self._launch)
-        self.done += steps
+        self.pace.send(min(most, self.pace.chunk), self._launch)
+        self.optimizer.finish()
 
     def _launch(self, steps: int) -> None:
         job, criterion = self.job, self.job.criterion
-        position, order = self.rows.position, self.rows.take(steps)
         taken = self.optimizer.take(steps)
+        steps = len(taken.table)
+        position, order = self.rows.position, self.rows.take(steps)
         options = mlp_training.Options(
             mean=criterion.reduction == "mean",
             weighted=criterion.weight is not None,
@@ -68,3 +68,4 @@ class Resident:
         torch.autograd.graph.increment_version(self.net.parameters)
         self.losses.append(losses)
         self.accuracies.append(accuracies)
+        self.done += steps

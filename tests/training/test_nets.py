@@ -48,6 +48,8 @@ FOUND = {
     "fused, not in a Sequential": lambda: fuse(reference.SimpleNN(4, 5, 3)),
     "in evaluation": lambda: SimpleNN(4, 5, 3).eval(),
     "copied": lambda: copy.deepcopy(fuse(Nested())),
+    "a module in a list": lambda: Outer(Custom()),
+    "twice inside": lambda: Outer(nn.Sequential(Outer(Nested()))),
 }
 
 
@@ -80,6 +82,54 @@ class Counting(Custom):
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         return self.second(F.relu(self.first(x)))
+
+
+class Keeping(Custom):
+    def forward(self, x: Tensor) -> Tensor:
+        self.hidden = F.relu(self.first(x))
+        return self.second(self.hidden)
+
+
+class Listing(Custom):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen, self.counts = [], {"calls": 0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x)
+        return self.second(F.relu(self.first(x)))
+
+
+class Tallying(Listing):
+    def forward(self, x: Tensor) -> Tensor:
+        self.counts["calls"] += 1
+        return self.second(F.relu(self.first(x)))
+
+
+class Buffering(Custom):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return self.second(F.relu(self.first(x)))
+
+
+class Outside(Custom):
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) / 10
+
+
+class Outer(nn.Module):
+    """Has another module inside, beside a list of modules."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList([inner])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner[0](x)
 
 
 class TwoOutputs(Custom):
@@ -125,6 +175,16 @@ LEFT = {
     "scaled": (Scaled, "not Linear, ReLU, Linear"),
     "two outputs": (TwoOutputs, "not Linear, ReLU, Linear"),
     "counting": (Counting, "sets attributes"),
+    "counting inside": (lambda: Outer(Counting()), "sets attributes"),
+    "counting in a dict": (Tallying, "sets attributes"),
+    "keeping": (Keeping, "sets attributes"),
+    "keeping inside": (lambda: nn.Sequential(Outer(Keeping())), "sets attributes"),
+    "a list": (Listing, "sets attributes"),
+    "a buffer": (Buffering, "sets attributes"),
+    "a __call__": (Outside, "a __call__ of its own"),
+    "a __call__ inside": (lambda: Outer(Outside()), "not Linear, ReLU, Linear"),
+    "scripted": (lambda: torch.jit.script(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))), "replaced"),
+    "parallel": (lambda: nn.DataParallel(Custom()), "cannot trace"),
     "branching": (Branching, "cannot trace"),
     "compiled": (lambda: torch.compile(Custom()), "forward was replaced"),
     "a hook": (lambda: changed(Nested(), lambda m: m.net.register_forward_hook(print)), "has hooks"),
@@ -147,12 +207,26 @@ def test_left(name: str) -> None:
     assert reason in net
 
 
-def test_looking_changes_nothing() -> None:
-    model = Counting()
-    state = torch.get_rng_state()
-    find_net(model)
-    assert model.calls == 0
+@pytest.mark.parametrize("outer", [lambda model: model, Outer, lambda model: Outer(Outer(model))])
+@pytest.mark.parametrize("kind", [Counting, Keeping, Listing, Tallying, Buffering])
+def test_looking_changes_nothing(kind: Any, outer: Any) -> None:
+    """Not even deep inside, where a trace would leave its own kind of tensors."""
+    model, state = kind(), torch.get_rng_state()
+    before = copy.deepcopy(vars(model))
+    whole = outer(model)
+    find_net(whole)
+    find_pure(whole)
+    assert vars(model).keys() == before.keys()
+    for name in {"calls", "seen", "counts"} & before.keys():
+        assert getattr(model, name) == before[name]
+    assert sum(buffer.sum().item() for buffer in model.buffers()) == 0
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_parameters_made_in_inference_mode_are_left() -> None:
+    with torch.inference_mode():
+        model = Custom()
+    assert "plain nn.Parameter" in find_net(model)
 
 
 def test_pure_nets() -> None:

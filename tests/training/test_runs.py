@@ -1,5 +1,6 @@
 """on_chunk, Ctrl-C and errors: whatever ends a run, whole steps are done, those that on_chunk was told of."""
 
+import copy
 import os
 import signal
 import threading
@@ -9,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
 
 from fusednn import reference, train_steps
+from fusednn.kernels import mlp_training
 from fusednn.training import captured, looped, nets, pacing
 from fusednn.training.job import check
 
@@ -149,6 +152,52 @@ def test_ctrl_c_in_a_resident_run(own_handler: Any) -> None:
     assert_stopped_after(watcher.done[-1], model)
 
 
+def test_ctrl_c_in_the_middle_of_a_launch(own_handler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The optimizer has counted the steps by then, and the kernel has not made them."""
+    launches, train_mlp = [], mlp_training.train_mlp
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        launches.append(1)
+        if len(launches) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return train_mlp(*args, **kwargs)
+
+    monkeypatch.setattr(mlp_training, "train_mlp", interrupted)
+    watcher, model = Watcher(), net("cpu")
+    with pytest.raises(KeyboardInterrupt):
+        run(model, watcher, steps=100, chunk_steps=100)
+    assert len(launches) == 3
+    assert len(watcher.done) == 1
+    assert len(watcher.losses[0]) == watcher.done[0] >= 3
+    assert_stopped_after(watcher.done[0], model)
+
+
+@pytest.mark.parametrize("hook", [False, True], ids=["resident", "looped"])
+def test_a_handler_that_does_not_raise_lets_the_training_go_on(hook: bool) -> None:
+    heard, model = [], net("cpu")
+    if hook:
+        model.register_forward_hook(lambda module, args, output: None)
+    before = signal.signal(signal.SIGINT, lambda *args: heard.append(1))
+    try:
+        watcher = Watcher(lambda done: os.kill(os.getpid(), signal.SIGINT))
+        assert run(model, watcher, steps=6, chunk_steps=2).shape == (6,)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert watcher.done == [2, 4, 6]
+    assert len(heard) == 3
+
+
+def test_an_ignored_ctrl_c_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        model = net("cpu")
+        model.register_forward_hook(lambda module, args, output: os.kill(os.getpid(), signal.SIGINT))
+        assert run(model, Watcher(), steps=3).shape == (3,)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_ctrl_c_in_on_chunk_is_heard_there(own_handler: Any) -> None:
     watcher, model = Watcher(lambda done: os.kill(os.getpid(), signal.SIGINT)), net("cpu")
     with pytest.raises(KeyboardInterrupt):
@@ -177,6 +226,52 @@ def test_an_error_in_a_step_tells_of_those_before_it() -> None:
             model, adam(model.parameters()), x, targets, batch_size=16, epochs=1, shuffle=False, on_chunk=watcher
         )
     assert watcher.done[-1] == sum(map(len, watcher.losses)) == 2
+
+
+@pytest.mark.parametrize("chunk", [1, 100], ids=["step by step", "at once"])
+def test_a_schedule_at_its_end(model: nn.Module, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OneCycleLR raises behind its last step: that step is made, and told of, as the reference loop makes it."""
+    monkeypatch.setattr(pacing.Pace, "_adapt", lambda self, steps, seconds: setattr(self, "chunk", chunk))
+    x, targets = data(device := next(model.parameters()).device.type)
+    watcher, states = Watcher(), []
+    for ours in (True, False):
+        trained = model if ours else net(device)
+        optimizer, generator = adam(trained.parameters()), torch.Generator().manual_seed(3)
+        given: dict[str, Any] = {"lr_schedule": OneCycleLR(optimizer, 0.1, total_steps=5), "generator": generator}
+        loop = train_steps if ours else reference.train_steps
+        with pytest.raises(ValueError, match="Tried to step 6 times"):
+            loop(trained, optimizer, x, targets, steps=20, **given, **({"on_chunk": watcher} if ours else {}))
+        states.append((trained.state_dict(), optimizer.state_dict()["state"], generator.get_state()))
+    torch.testing.assert_close(*states, rtol=1e-5, atol=1e-6)
+    assert watcher.done[-1] == sum(map(len, watcher.losses)) == states[0][1][0]["step"]
+
+
+def test_a_criterion_that_fails_leaves_the_steps_before(device: str) -> None:
+    x, targets = data(device)
+    watcher, model, calls = Watcher(), net(device), []
+
+    def criterion(outputs: Tensor, targets: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) == 4:
+            raise ZeroDivisionError
+        return nn.functional.cross_entropy(outputs, targets)
+
+    optimizer, generator = adam(model.parameters()), torch.Generator().manual_seed(3)
+    with pytest.raises(ZeroDivisionError):
+        train_steps(model, optimizer, x, targets, steps=9, criterion=criterion, generator=generator, on_chunk=watcher)
+    assert watcher.done[-1] == sum(map(len, watcher.losses)) == 3
+    assert_stopped_after(3, model)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_inference_mode_fails_as_the_loop_does(device: str) -> None:
+    """A kernel would train there, and leave moments that no optimizer can go on with."""
+    model = net(device)
+    optimizer = adam(model.parameters())
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="does not require grad"):
+        train_steps(model, optimizer, *data(device), steps=1)
+    assert not optimizer.state
+    assert_stopped_after(0, model)
 
 
 @pytest.mark.parametrize("arguments", [{"steps": 12, "batch_size": 7}, {"epochs": 4, "batch_size": 16}], ids=str)
@@ -218,6 +313,27 @@ def test_the_captured_loop(monkeypatch: pytest.MonkeyPatch, momentum: float, arg
         states.append((*traces, model.state_dict(), state, given["generator"].get_state()))
     assert len(captures) == 1
     torch.testing.assert_close(states[1], states[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_graph_is_not_replayed_for_other_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """on_chunk may load a checkpoint, and with it tensors that the graph does not have."""
+    replays: list[Any] = []
+    monkeypatch.setattr(captured, "capture", lambda step, stream: lambda: replays.append(1) or step())
+    model, (x, targets) = net("cpu"), data("cpu")
+    optimizer = adam(model.parameters())
+    job = check(
+        model, optimizer, x, targets, batch_size=10, epochs=None, steps=20, drop_last=False, shuffle=True,
+        generator=None, order="torch", seed=None, criterion=nn.CrossEntropyLoss(), lr_schedule=None,
+        return_accuracy=False,
+    )  # fmt: skip
+    engine = captured.Captured(job, nets.find_pure(model))
+    while engine.done < 8:
+        engine.advance(1, None)
+    assert len(replays) == 5
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    engine.advance(1, None)
+    assert engine.done == 9
+    assert len(replays) == 5
 
 
 @pytest.mark.gpu

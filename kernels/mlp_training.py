@@ -47,7 +47,7 @@ def hidden_tile(
     z = tl.zeros((BLOCK_B, BLOCK_H), dtype)
     for i in range(0, I, BLOCK_I):
         offs_i = i + tl.arange(0, BLOCK_I)
-        x_ptrs = x_ptr + (rows * strides[0])[:, None] + (offs_i * strides[1])[None, :]
+        x_ptrs = x_ptr + (rows * strides[0])[:, None] + (offs_i.to(tl.int64) * strides[1])[None, :]
         x = tl.load(x_ptrs, mask=mask_b[:, None] & (offs_i < I)[None, :], other=0.0)
         w_ptrs = w_ptr + offs_h[None, :] * I + offs_i[:, None]
         w = tl.load(w_ptrs, mask=(offs_h < H)[None, :] & (offs_i < I)[:, None], other=0.0)
@@ -176,7 +176,7 @@ def backward_input(
             offs_b = b + tl.arange(0, BLOCK_B)
             mask_b = offs_b < size
             rows = tl.load(order_ptr + offs_b, mask=mask_b, other=0)
-            x_ptrs = x_ptr + (rows * strides[0])[:, None] + (offs_i * strides[1])[None, :]
+            x_ptrs = x_ptr + (rows * strides[0])[:, None] + (offs_i.to(tl.int64) * strides[1])[None, :]
             x = tl.load(x_ptrs, mask=mask_b[:, None] & mask_i[None, :], other=0.0)
             dh_ptrs = dh_ptr + offs_b[None, :] * H + offs_h[:, None]
             dh = tl.load(dh_ptrs, mask=mask_b[None, :] & mask_h[:, None], other=0.0)

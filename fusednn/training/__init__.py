@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 from .. import dispatch
 from ..modules import CrossEntropyLoss
 from .interrupts import Interrupts
-from .job import check
+from .job import Job, check, whole
 from .looped import Looped
-from .plan import choose
+from .plan import against_change, choose
 
 __all__ = ["train_steps"]
 
@@ -54,12 +54,15 @@ def train_steps(
     target's, NaN where there is none.
 
     * `criterion`: nn.CrossEntropyLoss() if it is None.
-    * `lr_schedule`: a scheduler of torch.optim.lr_scheduler, stepped after every step.
+    * `lr_schedule`: a scheduler of torch.optim.lr_scheduler, stepped after every step. It may be stepped ahead of the
+      training: what a LambdaLR calls should look at its argument alone.
     * `order`: "torch", or "philox", which draws the order of epoch e, counted from the begin of the call, from `seed`
       and e alone, the same on every device; `generator` is then not used.
     * `on_chunk(done, losses)` is called every `chunk_steps` steps, or, without a number, some ten times a second, and
       after the last step, with the steps done so far and the losses of those since it was last called. It may raise
-      StopIteration to end the training there: what is done counts, and its losses are returned.
+      StopIteration to end the training there: what is done counts, and its losses are returned. It may look at
+      anything, load states and change learning rates; that a step is computed otherwise than when the call began (a
+      layer frozen, a hook, another parameter) takes a call of its own, and raises RuntimeError here.
 
     Ctrl-C, and whatever else is raised, leaves whole steps: those that on_chunk was told of.
 
@@ -69,9 +72,9 @@ def train_steps(
     and why.
 
     Raises TypeError and ValueError for arguments that make no sense, ValueError for inputs and targets of different
-    lengths, RuntimeError for those on another device than the model, IndexError for labels out of range on the CPU and
-    within :func:`fusednn.check_labels`; on a GPU such a row makes loss and parameters NaN, as it does in PyTorch's loop
-    with :class:`fusednn.CrossEntropyLoss`. What the loop raises in a step it raises here, the steps before it done.
+    lengths, RuntimeError for those on another device than the model. A label out of range raises IndexError on the CPU
+    and within :func:`fusednn.check_labels`, in the resident engine before the first step; on a GPU its row makes loss
+    and parameters NaN. What the loop raises in a step it raises here, the steps before it done.
     """
     job = check(
         model, optimizer, inputs, targets, batch_size=batch_size, epochs=epochs, steps=steps, shuffle=shuffle,
@@ -79,8 +82,10 @@ def train_steps(
         criterion=CrossEntropyLoss() if criterion is None else criterion, lr_schedule=lr_schedule,
         return_accuracy=return_accuracy,
     )  # fmt: skip
-    if chunk_steps is not None and (not isinstance(chunk_steps, int) or chunk_steps < 1):
-        raise ValueError(f"chunk_steps needs a number of steps from 1, not {chunk_steps!r}")
+    if chunk_steps is not None:
+        chunk_steps = whole("chunk_steps", chunk_steps, 1)
+    if on_chunk is not None and not callable(on_chunk):
+        raise TypeError(f"on_chunk needs a function, not {type(on_chunk).__name__}")
     choice = choose(job)
     dispatch.note(dispatch.Decision("train_steps", choice.engine, choice.reason))
     engine: Any
@@ -94,19 +99,27 @@ def train_steps(
         engine = Captured(job, choice.captured)
     else:
         engine = Looped(job)
+    kept = choice.net.parameters if choice.net is not None else choice.captured
     try:
-        _run(engine, job.steps, on_chunk, chunk_steps)
+        _run(engine, job, kept, on_chunk, chunk_steps)
     finally:
         optimizer.zero_grad()
     traces = [torch.cat(trace) if trace else inputs.new_empty(0) for trace in (engine.losses, engine.accuracies)]
     return (traces[0], traces[1]) if return_accuracy else traces[0]
 
 
-def _run(engine: Any, steps: int, on_chunk: Callable[[int, Tensor], object] | None, chunk_steps: int | None) -> None:
-    """Let `engine` make `steps` steps, and tell `on_chunk` of them; also of those before an error, which goes on."""
-    told = 0  # how many of the engine's pieces of losses on_chunk has seen
+def _run(
+    engine: Any, job: Job, kept: list[Tensor] | None, on_chunk: Callable[[int, Tensor], object] | None,
+    chunk_steps: int | None,
+) -> None:  # fmt: skip
+    """Let `engine` make the steps of `job`, and tell `on_chunk` of them; also of those before an error, which goes on.
+
+    `kept` are the parameters that its kernels write.
+    """
+    steps, told = job.steps, 0  # how many of the engine's pieces of losses on_chunk has seen
 
     def tell() -> bool:
+        """Tell on_chunk of the steps since it was last told; whether the training goes on."""
         nonlocal told
         fresh = engine.losses[told:]
         if on_chunk is not None and fresh:
@@ -128,6 +141,8 @@ def _run(engine: Any, steps: int, on_chunk: Callable[[int, Tensor], object] | No
             due = chunk_steps is None or engine.done % chunk_steps == 0 or engine.done == steps
             if due and not tell():
                 return
+            if due and on_chunk is not None and kept is not None and (reason := against_change(job, kept)):
+                raise RuntimeError(f"on_chunk changed what is trained, {reason}: call train_steps for the steps left")
     except BaseException:
         tell()
         raise

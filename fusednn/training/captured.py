@@ -10,9 +10,10 @@ batches, run the same operations one by one, and come to the same bits.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import reference
 from ..kernels.adam import optimizer_step
@@ -39,6 +40,10 @@ class Captured:
         self.losses: list[Tensor] = []
         self.accuracies: list[Tensor] = []
         self.pace = Pace(inputs, UNCAPTURED, MOST_STEPS)
+        assert isinstance(job.model, nn.Module)
+        self.model = job.model
+        names = {id(parameter): name for name, parameter in job.model.named_parameters()}
+        self.named = {names[id(parameter)]: parameter for parameter in parameters}
         self.count = torch.zeros(1, dtype=torch.int64, device=inputs.device)
         self.order = torch.zeros(MOST_STEPS, self.batch, dtype=torch.int64, device=inputs.device)
         self.table = inputs.new_zeros(MOST_STEPS, len(parameters), ROW)
@@ -55,6 +60,7 @@ class Captured:
         with torch.enable_grad():
             if left and self.done >= UNCAPTURED and self.replay is None and self.taken is not None:
                 self.replay, self.captured = capture(self._step_of_order, self.stream), self.taken
+                self.constants = self._constants()
             self.pace.send(steps, self._run_on_stream)
         self.optimizer.finish()
 
@@ -64,9 +70,11 @@ class Captured:
             return
         current = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            self._run(steps)
-        current.wait_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream):
+                self._run(steps)
+        finally:  # what was launched before an error too must be behind what the caller launches next
+            current.wait_stream(self.stream)
         for trace in (*self.losses[-1:], *self.accuracies[-1:]):
             trace.record_stream(current)
 
@@ -88,6 +96,7 @@ class Captured:
         if self.job.return_accuracy:
             self.accuracies.append(accuracies)
         torch.autograd.graph.increment_version(self.parameters)
+        self.optimizer.count(steps)
         self.done += steps
 
     def _is_captured(self) -> bool:
@@ -96,7 +105,14 @@ class Captured:
         assert now is not None
         assert then is not None
         states = zip(now.firsts + now.seconds, then.firsts + then.seconds, strict=True)
-        return now.rule == then.rule and all(a is b for a, b in states)
+        return now.rule == then.rule and all(a is b for a, b in states) and self._constants() == self.constants
+
+    def _constants(self) -> tuple[Any, ...]:
+        """What else the graph has: the numbers of the criterion, where the parameters and its weights lie."""
+        criterion = self.job.criterion
+        tensors = (*self.parameters, *(() if criterion.weight is None else (criterion.weight,)))
+        numbers = criterion.reduction, criterion.label_smoothing, criterion.ignore_index
+        return *numbers, *(tensor.data_ptr() for tensor in tensors)
 
     def _step_of_order(self) -> None:
         self._step(self.order.index_select(0, self.count).view(-1))
@@ -105,9 +121,12 @@ class Captured:
         job, taken = self.job, self.taken
         assert taken is not None
         targets = job.targets[rows]
-        outputs = job.model(job.inputs[rows])
+        # Fresh leaves on the parameters' memory: where an older graph lives (a loss that the user kept), the gradient
+        # nodes of the parameters would bring its stream, often the default one, into the capture, which CUDA forbids.
+        leaves = {name: w.detach().requires_grad_() for name, w in self.named.items()}
+        outputs = torch.func.functional_call(self.model, leaves, (job.inputs[rows],))
         loss = job.criterion(outputs, reference.as_long(targets))
-        gradients = torch.autograd.grad(loss, self.parameters)
+        gradients = torch.autograd.grad(loss, list(leaves.values()))
         for index, (w, g) in enumerate(zip(self.parameters, gradients, strict=True)):
             states = taken.firsts[index], taken.seconds[index]
             optimizer_step(w, *states, g.contiguous(), self.table, self.count, index, taken.rule)
@@ -121,6 +140,7 @@ class Captured:
 def capture(step: Callable[[], None], stream: torch.cuda.Stream | None) -> Callable[[], None]:
     """A function that replays what `step` launches on `stream`."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    # "thread_local": another thread, such as that of a DataLoader that pins memory, may go on calling CUDA
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         step()
     return graph.replay

@@ -1,5 +1,6 @@
 """What train_steps is asked for."""
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,10 @@ def check(
     """The job, or the error for arguments that make no sense."""
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer needs a torch.optim.Optimizer, not {type(optimizer).__name__}")
+    if not callable(model) or not callable(criterion):
+        raise TypeError("model and criterion need to be modules or functions")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator needs a torch.Generator, not {type(generator).__name__}")
     for name, tensor in (("inputs", inputs), ("targets", targets)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} need a torch.Tensor, not {type(tensor).__name__}")
@@ -59,15 +64,15 @@ def check(
         raise ValueError(f"inputs have {len(inputs)} rows and targets {len(targets)}")
     if (epochs is None) == (steps is None):
         raise ValueError(f"exactly one of epochs and steps is needed, not epochs={epochs} and steps={steps}")
-    batch_size = _whole("batch_size", batch_size, 1)
+    batch_size = whole("batch_size", batch_size, 1)
     rows = len(inputs) // batch_size * batch_size if drop_last else len(inputs)
     batches = rows // batch_size if drop_last else max(1, -(-rows // batch_size))  # an empty epoch has an empty batch
-    total = _whole("epochs", epochs, 0) * batches if steps is None else _whole("steps", steps, 0)
+    total = whole("epochs", epochs, 0) * batches if steps is None else whole("steps", steps, 0)
     if total and not batches:
         raise ValueError(f"{len(inputs)} rows make no batch of {batch_size}, and drop_last leaves out the ragged one")
     if order not in ("torch", "philox"):
         raise ValueError(f"order needs to be 'torch' or 'philox', not {order!r}")
-    if order == "philox" and shuffle and (seed is None or not 0 <= _whole("seed", seed, 0) < 2**64):
+    if order == "philox" and shuffle and (seed is None or not (seed := whole("seed", seed, 0)) < 2**64):
         raise ValueError(f"order='philox' needs a seed from 0 to 2^64 - 1, not {seed}")
     if order == "torch" and seed is not None:
         raise ValueError("a seed is for order='philox'; for order='torch' give a generator")
@@ -83,9 +88,11 @@ def check(
     )  # fmt: skip
 
 
-def _whole(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+def whole(name: str, value: Any, least: int) -> int:
+    """`value` as an int, or the error for one that is none or too small."""
+    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} needs a whole number, not {value!r}")
-    if value < least:
-        raise ValueError(f"{name} needs to be at least {least}, not {value}")
-    return value
+    number = operator.index(value)  # NumPy's too
+    if number < least:
+        raise ValueError(f"{name} needs to be at least {least}, not {number}")
+    return number

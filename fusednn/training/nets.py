@@ -41,10 +41,10 @@ def find_net(model: Any) -> Net | str:
 
     torch.fx finds it, in the mode that the model is in: neither names nor classes of modules matter.
     """
-    graph = _trace(model)
-    if isinstance(graph, str):
-        return graph
-    linears = _two_linears(model, graph)
+    traced = _trace(model)
+    if isinstance(traced, str):
+        return traced
+    linears = _two_linears(*traced)
     if linears is None:
         return "the model is not Linear, ReLU, Linear"
     first, second = linears
@@ -61,22 +61,25 @@ PURE: tuple[type[nn.Module], ...] = (
 
 def find_pure(model: Any) -> list[Tensor] | str:
     """The parameters of `model` if it is made of such modules alone and nobody watches it; else why not."""
-    graph = _trace(model)
-    if isinstance(graph, str):
-        return graph
+    traced = _trace(model)
+    if isinstance(traced, str):
+        return traced
+    call, graph = traced
     used: dict[Tensor, None] = {}
     for node in graph.nodes:
-        module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        module = call.get_submodule(str(node.target)) if node.op == "call_module" else None
         if module is not None:
             used |= dict.fromkeys(module.parameters())
         if not (type(module) in PURE or node.op in ("placeholder", "output") or node.target in _RELUS):
-            return f"the model calls {node.target}"
-    if len(used) < len(list(model.parameters())) or any(model.buffers()):
+            return f"the model calls {str(node.target).removeprefix('model.')}"
+        if module is not None and not node.users:  # autograd.grad would find no gradient of its parameters
+            return f"the model does not use what {str(node.target).removeprefix('model.')} computes"
+    if len(used) < len(list(model.parameters())) or any(True for _ in model.buffers()):
         return "the model has parameters that it does not use, or buffers"
     return against_parameters(list(used)) or list(used)
 
 
-def _trace(model: Any) -> fx.Graph | str:
+def _trace(model: Any) -> tuple[nn.Module, fx.Graph] | str:
     """What `model` calls, in the mode that it is in; or why that cannot be told, or somebody watches it do so."""
     if not isinstance(model, nn.Module):
         return "the model is not a module"
@@ -84,14 +87,16 @@ def _trace(model: Any) -> fx.Graph | str:
         return "the model has hooks"
     if any("forward" in vars(module) for module in model.modules()):
         return "a forward was replaced"
+    if any(type(module).__module__.startswith(_PARALLEL) for module in model.modules()):
+        return "the model is spread over devices"
     if type(model).__call__ is not nn.Module.__call__:  # torch.fx begins at its forward
         return "the model has a __call__ of its own"
     twins: dict[nn.Module, nn.Module] = {}
     try:
-        twin = _twin(model, twins)
+        call = _Call(_twin(model, twins))
         before = [_attributes(twin) for twin in twins.values()]
-        with torch.random.fork_rng(devices=()):
-            graph = _Tracer().trace(twin)
+        with torch.random.fork_rng(devices=()), torch.enable_grad():  # as in the loop, also within explain
+            graph = _Tracer().trace(call)
     except Exception as error:  # whatever the forward of a user raises when it gets no tensors
         words = str(error).strip().splitlines() or [type(error).__name__]
         return f"torch.fx cannot trace the model: {words[0]}"
@@ -99,7 +104,25 @@ def _trace(model: Any) -> fx.Graph | str:
         now = _attributes(twin)
         if len(now) != len(attributes) or any(a is not b for a, b in zip(now, attributes, strict=True)):
             return "the model's forward sets attributes"
-    return graph
+    return call, graph
+
+
+class _Call(nn.Module):
+    """Calls a model as the loop does: traced itself, it would be given whatever may be left out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Any:
+        return self.model(x)
+
+
+class _Input(fx.Proxy):
+    """Passes for a Tensor where a forward asks `isinstance(x, Tensor)`."""
+
+    __class__ = Tensor  # type: ignore[assignment]
+    _is_param = _is_buffer = False
 
 
 def _twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
@@ -115,6 +138,7 @@ def _twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
 
 
 _LISTS = (list, set, deque)
+_PARALLEL = ("torch.nn.parallel.", "torch.distributed.")
 
 
 def _attributes(module: nn.Module) -> list[Any]:
@@ -157,6 +181,12 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, (nn.Linear, nn.ReLU)) or super().is_leaf_module(m, module_qualified_name)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Input(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        return a.node if type(a) is _Input else super().create_arg(a)  # which would take it for a constant
 
 
 _RELUS = (torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_")

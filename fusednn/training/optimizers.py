@@ -49,8 +49,11 @@ def refusal(optimizer: Optimizer, parameters: list[Tensor], schedule: Any) -> st
         return f"no kernel for the optimizer {kind.__module__}.{kind.__qualname__}"
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks or _global_hooks():
         return "the optimizer has hooks"
-    if "step" in vars(optimizer) and not hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+    # a scheduler wraps the step that it finds, which may be a user's
+    if "step" in vars(optimizer) and getattr(optimizer.step, "__wrapped__", None) is not kind.step:
         return "the optimizer's step was replaced"
+    if schedule is not None and not _only_sets_options(schedule):
+        return f"no kernel for the schedule {type(schedule).__qualname__}, which may look at the parameters"
     groups = optimizer.param_groups
     held = [id(parameter) for group in groups for parameter in group["params"]]
     if sorted(held) != sorted(map(id, parameters)):
@@ -77,6 +80,13 @@ def refusal(optimizer: Optimizer, parameters: list[Tensor], schedule: Any) -> st
             if state is not None and not _alike(state, parameter):
                 return f"the optimizer's {name} has another dtype, device or layout than its parameter"
     return None
+
+
+def _only_sets_options(schedule: Any) -> bool:
+    """Whether `schedule` may be stepped ahead of the training: it looks at options and its own count alone."""
+    if type(schedule).__module__ not in ("torch.optim.lr_scheduler", "torch.optim.swa_utils"):
+        return False
+    return all(map(_only_sets_options, getattr(schedule, "_schedulers", ())))
 
 
 def _global_hooks() -> bool:
@@ -111,7 +121,7 @@ class KernelOptimizer:
         """What the schedule raised behind the last step that was taken: to be raised again when that step is made."""
 
     def take(self, steps: int) -> Steps:
-        """What the next `steps` steps need. In the optimizer's state they count as done, the schedule is behind them.
+        """What the next `steps` steps need. The schedule is behind them; when they are launched, `count` them.
 
         They are fewer where the schedule raises an error, which `error` keeps. Nothing waits for a device: a learning
         rate or a step count that lies there is worked with there.
@@ -121,22 +131,19 @@ class KernelOptimizer:
         history = self._advance_schedule(steps)
         steps = steps if self.schedule is None else len(history)
         tables = [
-            torch.zeros(steps, ROW, dtype=torch.float64)
+            torch.zeros(steps, ROW, dtype=torch.float64, device="cpu")
             if parameter is None
             else self._table(parameter, [options[p] for options in history], steps, id(parameter) in fresh)
             for p, parameter in enumerate(self.parameters)
         ]
         model = next(parameter for parameter in self.parameters if parameter is not None)
         device = next((table.device for table in tables if not table.is_cpu), tables[0].device)
-        table = torch.stack([table.to(device) for table in tables], dim=1).to(model.dtype)
+        table = torch.stack([_sent(table, device) for table in tables], dim=1).to(model.dtype)
         if model.is_cuda and table.is_cpu:
             table = table.pin_memory()
         states = [{} if parameter is None else self.optimizer.state.get(parameter, {}) for parameter in self.parameters]
         names = ("exp_avg", "exp_avg_sq") if self.is_adam else ("momentum_buffer", "momentum_buffer")
         firsts, seconds = (tuple(state.get(name) for state in states) for name in names)
-        for state in states:
-            if "step" in state:
-                state["step"] += steps
         return Steps(self._rule(history), table.to(model.device, non_blocking=True), firsts, seconds)
 
     def _make_state(self, parameter: Tensor, group: dict[str, Any]) -> bool:
@@ -172,6 +179,13 @@ class KernelOptimizer:
                 break
         return history
 
+    def count(self, steps: int) -> None:
+        """Count so many steps in the optimizer's state: they are launched."""
+        for parameter in self.parameters:
+            state = {} if parameter is None else self.optimizer.state.get(parameter, {})
+            if "step" in state:
+                state["step"] += steps
+
     def finish(self) -> None:
         """Raise what the schedule raised, now that the steps before it are made."""
         if self.error is not None:
@@ -186,7 +200,7 @@ class KernelOptimizer:
         def series(values: list[Any]) -> Tensor:
             if isinstance(values[0], Tensor):
                 return torch.stack([value.to(device, torch.float64).reshape(()) for value in values])
-            return torch.tensor(values, dtype=torch.float64, device=device)
+            return _sent(torch.tensor(values, dtype=torch.float64, device="cpu"), device)
 
         lr, decay = (series([group[name] for group in options]) for name in ("lr", "weight_decay"))
         table = torch.zeros(steps, ROW, dtype=torch.float64, device=device)
@@ -224,6 +238,13 @@ def _power(base: Tensor, exponents: Tensor) -> Tensor:
     steps = len(exponents)
     filled = -steps % 64
     return (F.pad(base.expand(steps), (0, filled)) ** F.pad(exponents, (0, filled)))[:steps]
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """`values` on `device`, without waiting for it, as a copy from memory that is not pinned would."""
+    if values.is_cpu and device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 def _copied(value: Any) -> Any:

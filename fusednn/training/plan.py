@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .. import dispatch, functional, modules
 from . import optimizers
 from .job import Job
-from .nets import Net, find_net, find_pure, has_hooks
+from .nets import Net, against_parameters, find_net, find_pure, has_hooks
 
 CAPTURED_STEPS = 50
 """Fewer steps are not worth the capture of a CUDA graph. Unmeasured."""
@@ -44,6 +44,18 @@ def choose(job: Job) -> Choice:
     return Choice("looped", reason if captured is None else f"{reason}; as a CUDA graph", captured=captured)
 
 
+def against_change(job: Job, parameters: list[Tensor]) -> str | None:
+    """Why kernels that write `parameters` no longer do what `job` asks for, now that a user's code had its turn."""
+    assert isinstance(job.model, nn.Module)
+    if {id(parameter) for parameter in job.model.parameters()} != {id(parameter) for parameter in parameters}:
+        return "the model has other parameters"
+    if any(has_hooks(module) or "forward" in vars(module) for module in job.model.modules()):
+        return "the model has hooks or a new forward"
+    reason = against_parameters(parameters) or optimizers.refusal(job.optimizer, parameters, job.lr_schedule)
+    changed = parameters[0].dtype != job.inputs.dtype or parameters[0].device != job.inputs.device
+    return "the parameters have another dtype or device" if changed else reason
+
+
 def _captured(job: Job) -> list[Tensor] | None:
     """The parameters of the model if a step of `job` can be a CUDA graph, else None."""
     if not job.inputs.is_cuda or torch.version.hip or dispatch.checks_labels():
@@ -69,8 +81,10 @@ def _against_data(job: Job) -> str | None:
         return "inference mode is on"
     if inputs.dtype not in (torch.float32, torch.float64):
         return f"no training kernel for {inputs.dtype}"
-    if type(inputs) is not Tensor or inputs.requires_grad:
-        return "the inputs are no plain tensor, or want a gradient"
+    if type(inputs) is not Tensor or inputs.requires_grad or inputs.is_neg():
+        return "the inputs are no plain tensor, want a gradient, or are a view that negates"
+    if torch.is_anomaly_enabled():
+        return "anomaly detection is on"
     if type(targets) is not Tensor or targets.dim() != 1 or targets.dtype not in functional.LABELS:
         return "the targets are not a vector of labels"
     if targets.device != inputs.device:
@@ -94,13 +108,16 @@ def _against_criterion(job: Job, outputs: int | None) -> str | None:
     criterion = job.criterion
     if type(criterion) not in (nn.CrossEntropyLoss, modules.CrossEntropyLoss) or "forward" in vars(criterion):
         return f"no training kernel for the criterion {getattr(criterion, '__name__', type(criterion).__name__)}"
+    if type(criterion.ignore_index) is not int or not -(2**63) <= criterion.ignore_index < 2**63:
+        return f"no training kernel for ignore_index {criterion.ignore_index!r}"
     if has_hooks(criterion):
         return "the criterion has hooks"
     if criterion.reduction not in ("mean", "sum") or not 0.0 <= criterion.label_smoothing <= 1.0:
         return f"no training kernel for reduction {criterion.reduction!r}, label_smoothing {criterion.label_smoothing}"
     weight = criterion.weight
     if weight is not None:
-        if outputs not in (None, len(weight)) or not weight.is_contiguous() or weight.requires_grad:
+        plain = weight.dim() == 1 and weight.is_contiguous() and not weight.requires_grad
+        if not plain or outputs not in (None, len(weight)):
             return "the class weights have another length than the outputs, gaps or a gradient"
         if weight.dtype != job.inputs.dtype or weight.device != job.inputs.device:
             return "the class weights have another dtype or device than the inputs"

@@ -68,4 +68,5 @@ class Resident:
         torch.autograd.graph.increment_version(self.net.parameters)
         self.losses.append(losses)
         self.accuracies.append(accuracies)
+        self.optimizer.count(steps)
         self.done += steps

@@ -36,7 +36,25 @@ class Nested(nn.Module):
         return self.net(x)
 
 
+class Optional(Custom):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError
+        hidden = F.relu(self.first(x))
+        return self.second(hidden if mask is None else hidden * mask)
+
+
+class Evaluating(Custom):
+    """Another net where no gradient is wanted; train_steps always wants one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.relu(self.first(x))
+        return self.second(hidden) if torch.is_grad_enabled() else hidden
+
+
 FOUND = {
+    "an argument left out": Optional,
+    "what depends on the grad mode": Evaluating,
     "SimpleNN": lambda: SimpleNN(4, 5, 3),
     "the textbook's": lambda: reference.SimpleNN(4, 5, 3),
     "nn.Sequential": lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)),
@@ -184,7 +202,7 @@ LEFT = {
     "a __call__": (Outside, "a __call__ of its own"),
     "a __call__ inside": (lambda: Outer(Outside()), "not Linear, ReLU, Linear"),
     "scripted": (lambda: torch.jit.script(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))), "replaced"),
-    "parallel": (lambda: nn.DataParallel(Custom()), "cannot trace"),
+    "parallel": (lambda: nn.DataParallel(Custom()), "spread over devices"),
     "branching": (Branching, "cannot trace"),
     "compiled": (lambda: torch.compile(Custom()), "forward was replaced"),
     "a hook": (lambda: changed(Nested(), lambda m: m.net.register_forward_hook(print)), "has hooks"),
@@ -229,6 +247,17 @@ def test_parameters_made_in_inference_mode_are_left() -> None:
     assert "plain nn.Parameter" in find_net(model)
 
 
+def test_the_grad_mode_is_the_loops() -> None:
+    with torch.no_grad():
+        assert isinstance(find_net(Evaluating()), Net)
+
+
+class Unused(Custom):
+    def forward(self, x: Tensor) -> Tensor:
+        self.second(x)
+        return self.first(x)
+
+
 def test_pure_nets() -> None:
     deep = nn.Sequential(nn.Flatten(), nn.Linear(4, 5), nn.GELU(), nn.LayerNorm(5), LinearReLU(5, 5), Linear(5, 3))
     assert set(find_pure(deep)) == set(deep.parameters())
@@ -236,6 +265,7 @@ def test_pure_nets() -> None:
         (nn.Sequential(nn.Linear(4, 5), nn.Dropout(), nn.Linear(5, 3)), "the model calls 1"),
         (nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5)), "the model calls 1"),
         (Shortcut(), "the model calls"),
+        (Unused(), "does not use what second computes"),
         (changed(Nested(), lambda m: setattr(m, "spare", nn.Linear(2, 2))), "does not use"),
         (changed(Nested(), lambda m: m.register_buffer("seen", torch.ones(1))), "buffers"),
         (changed(Nested(), lambda m: m.register_forward_pre_hook(print)), "has hooks"),

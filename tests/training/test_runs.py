@@ -116,6 +116,41 @@ def test_an_error_in_on_chunk(model: nn.Module) -> None:
     assert_stopped_after(4, model)
 
 
+CHANGES: dict[str, Callable[[Any, Any], Any]] = {
+    "frozen": lambda model, optimizer: model[0].weight.requires_grad_(False),
+    "hooks": lambda model, optimizer: model.register_forward_hook(lambda *args: None),
+    "other parameters": lambda model, optimizer: setattr(model[0], "weight", nn.Parameter(torch.zeros(24, 20))),
+    "dtype": lambda model, optimizer: model.double(),
+    "amsgrad": lambda model, optimizer: optimizer.param_groups[0].update(amsgrad=True),
+}
+
+
+@pytest.mark.parametrize("reason", CHANGES)
+def test_on_chunk_that_changes_what_a_step_is(reason: str) -> None:
+    """A kernel would go on as before; the loop would not."""
+    model = net("cpu")
+    optimizer = adam(model.parameters())
+    change = CHANGES[reason]
+    with pytest.raises(RuntimeError, match=f"on_chunk changed what is trained, .*{reason}"):
+        train_steps(
+            model, optimizer, *data("cpu"), steps=4, chunk_steps=2, on_chunk=lambda *args: change(model, optimizer)
+        )
+
+
+def test_on_chunk_may_change_the_learning_rate(model: nn.Module) -> None:
+    device = next(model.parameters()).device.type
+    optimizer, other = adam(model.parameters()), net(device)
+    slower = lambda *args: optimizer.param_groups[0].update(lr=0.001)  # noqa: E731
+    train_steps(model, optimizer, *data(device), steps=4, chunk_steps=2, shuffle=False, on_chunk=slower)
+    reference_optimizer = adam(other.parameters())
+    x, targets = data(device)
+    reference.train_steps(other, reference_optimizer, x, targets, steps=2, shuffle=False)
+    reference_optimizer.param_groups[0]["lr"] = 0.001
+    reference.train_steps(other, reference_optimizer, x, targets, steps=2, shuffle=False)
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 @pytest.fixture
 def own_handler() -> Iterator[Any]:
     before = signal.getsignal(signal.SIGINT)

@@ -4,6 +4,7 @@ import copy
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -336,6 +337,38 @@ def reason_for_the_loop(model: nn.Module, *on: torch.Tensor, **arguments: Any) -
     return decision.reason
 
 
+def test_inputs_that_negate_are_looped() -> None:
+    """Such a view has the memory of what it negates."""
+    x, targets = data("cpu")
+    negated = torch.complex(x, x).conj().imag
+    assert negated.is_neg()
+    assert "negates" in reason_for_the_loop(net("cpu"), negated, targets)
+
+
+def test_numbers_of_numpy(device: str) -> None:
+    losses = [
+        train(train_steps, net(device), *data(device), batch_size=kind(16), steps=kind(3)).losses
+        for kind in (int, np.int64)
+    ]
+    assert torch.equal(*losses)
+
+
+def test_a_launch_that_fails_counts_no_step(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, generator = net(device), torch.Generator()
+    optimizer = adam(model.parameters())
+    train_steps(model, optimizer, *data(device), steps=2, generator=generator)
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr("fusednn.kernels.mlp_training.launch", fail)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(MemoryError):
+        train_steps(model, optimizer, *data(device), steps=2, generator=generator)
+    assert {int(state["step"]) for state in optimizer.state.values()} == {2}
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
 def test_strict_passes_what_is_resident(device: str) -> None:
     model = net(device)
     with fusednn.strict():
@@ -376,7 +409,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a large seed": ({"order": "philox", "seed": 2**64}, ValueError, "needs a seed from 0 to 2"),
     "a negative seed": ({"order": "philox", "seed": -1}, ValueError, "seed needs to be at least 0, not -1"),
     "half a seed": ({"order": "philox", "seed": 0.5}, TypeError, "seed needs a whole number, not 0.5"),
-    "half a chunk": ({"chunk_steps": 0.5}, ValueError, "chunk_steps needs"),
+    "half a chunk": ({"chunk_steps": 0.5}, TypeError, "chunk_steps needs a whole number, not 0.5"),
     "no batch": ({"batch_size": 0}, ValueError, "batch_size needs to be at least 1"),
     "order": ({"order": "sorted"}, ValueError, "'torch' or 'philox', not 'sorted'"),
     "no seed": ({"order": "philox"}, ValueError, "needs a seed"),
@@ -386,6 +419,9 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "list": ({"targets": [1] * 50}, TypeError, "targets need a torch.Tensor, not list"),
     "scalar": ({"inputs": torch.zeros(())}, ValueError, "0-d"),
     "optimizer": ({"optimizer": None}, TypeError, "needs a torch.optim.Optimizer, not NoneType"),
+    "callback": ({"on_chunk": 3}, TypeError, "on_chunk needs a function, not int"),
+    "generator": ({"generator": 3}, TypeError, "generator needs a torch.Generator, not int"),
+    "criterion": ({"criterion": "mse"}, TypeError, "modules or functions"),
     "schedule": ({"lr_schedule": 0.1}, TypeError, "needs a scheduler of torch.optim, not float"),
 }
 

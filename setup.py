@@ -26,9 +26,9 @@ extras = {
 }
 extras["dev"] = sorted({need for needs in extras.values() for need in needs})
 
-# The training loop for CPUs. On the stable ABI one build serves every Python from 3.11, but not those without a GIL. Where
-# it cannot be built the installation goes on without it, and `fusednn.explain` says so. No option lets the compiler
-# reorder sums or forget NaN: a square root may only leave errno alone.
+# The training loop for CPUs. On the stable ABI one build serves every Python from 3.11, but not those without a GIL.
+# Where it cannot be built the installation goes on without it, and `fusednn.explain` says so. No option here lets the
+# compiler reorder sums or forget NaN: a square root may only leave errno alone.
 stable = not sysconfig.get_config_var("Py_GIL_DISABLED")
 native = Extension(
     "fusednn._native",

@@ -102,9 +102,7 @@ def _against_net(job: Job, net: Net) -> str | None:
         return f"the inputs are {list(job.inputs.shape)}, and the net is {net}"
     if on_plain_cpu(job.inputs):
         if products_of(job, net) > MOST_NATIVE_PRODUCTS:
-            return (
-                f"{net} with batches of {rows} is so large that PyTorch's products are quicker than the native loop's"
-            )
+            return f"{net} with batches of {rows} is so large that PyTorch's own products are quicker"
         return None
     if net.sizes[2] > MOST_CLASSES or rows > MOST_ROWS or rows * weights > MOST_WORK:
         return f"{net} with batches of {rows} is too large for one program"

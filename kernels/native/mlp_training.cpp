@@ -26,6 +26,9 @@
 #if !defined(__GNUC__)
 #error "needs the vector types of GCC and Clang"  // without this file fusednn trains on CPUs as PyTorch does
 #endif
+#if !defined(__has_builtin)
+#define __has_builtin(name) 0  // GCC 9
+#endif
 #define INLINE inline __attribute__((always_inline))  // into the functions for each kind of machine, at the end
 
 namespace {
@@ -115,6 +118,11 @@ INLINE void product(
                     c + m * stride_c + n, stride_c, a + m * stride_am + k * stride_ak, stride_am, stride_ak, b_kn,
                     stride_b, size
                 );
+            for (; m + 2 <= M; m += 2)  // 10 outputs are 4, 4 and 2
+                product_tile<T, BYTES, 2>(
+                    c + m * stride_c + n, stride_c, a + m * stride_am + k * stride_ak, stride_am, stride_ak, b_kn,
+                    stride_b, size
+                );
             for (; m < M; ++m)
                 product_tile<T, BYTES, 1>(
                     c + m * stride_c + n, stride_c, a + m * stride_am + k * stride_ak, stride_am, stride_ak, b_kn,
@@ -123,11 +131,30 @@ INLINE void product(
         }
 }
 
+// to[n, m] = from[m, n], by blocks of 4 x 4 as long as there are such.
 template <class T>
 INLINE void transpose(T *__restrict to, Int stride_to, const T *__restrict from, Int stride_from, Int M, Int N) {
-    for (Int n = 0; n < N; n += 8)  // 8 columns of `from` are as many rows of `to`, whose lines stay in the cache
-        for (Int m = 0; m < M; ++m)
-            for (Int i = n; i < std::min(n + 8, N); ++i) to[i * stride_to + m] = from[m * stride_from + i];
+    Int whole_m = 0, whole_n = 0;
+#if __has_builtin(__builtin_shufflevector)  // not in GCC 11
+    typedef T Vector __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
+    whole_m = M / 4 * 4, whole_n = N / 4 * 4;
+    for (Int m = 0; m < whole_m; m += 4)
+        for (Int n = 0; n < whole_n; n += 4) {
+            Vector row[4];
+            for (int i = 0; i < 4; ++i) row[i] = *reinterpret_cast<const Vector *>(from + (m + i) * stride_from + n);
+            const Vector even_l = __builtin_shufflevector(row[0], row[2], 0, 4, 1, 5);
+            const Vector even_r = __builtin_shufflevector(row[0], row[2], 2, 6, 3, 7);
+            const Vector odd_l = __builtin_shufflevector(row[1], row[3], 0, 4, 1, 5);
+            const Vector odd_r = __builtin_shufflevector(row[1], row[3], 2, 6, 3, 7);
+            row[0] = __builtin_shufflevector(even_l, odd_l, 0, 4, 1, 5);
+            row[1] = __builtin_shufflevector(even_l, odd_l, 2, 6, 3, 7);
+            row[2] = __builtin_shufflevector(even_r, odd_r, 0, 4, 1, 5);
+            row[3] = __builtin_shufflevector(even_r, odd_r, 2, 6, 3, 7);
+            for (int i = 0; i < 4; ++i) *reinterpret_cast<Vector *>(to + (n + i) * stride_to + m) = row[i];
+        }
+#endif
+    for (Int m = 0; m < M; ++m)
+        for (Int n = m < whole_m ? whole_n : 0; n < N; ++n) to[n * stride_to + m] = from[m * stride_from + n];
 }
 
 // Make the step on n numbers of w, whose gradient is g, and of their state m and v. Uses up g.
@@ -181,21 +208,18 @@ INLINE void backward_weight(
         }
 }
 
-// db = Σ dy of dy [M, batch], and the step with it on parameter p. Eight rows at once, since an addition waits for the
-// one before it.
+// db = Σ dy of dy [M, batch], and the step with it on parameter p. Each of 8 lanes adds up every eighth row of the batch,
+// since an addition waits for the one before it.
 template <class T>
 INLINE void backward_bias(const Job<T> &job, int p, const T *row, const T *dy, Int stride_dy, T *db, Int M, Int size) {
     if (!job.weights[p]) return;
-    for (Int m = 0; m < M; m += 8) {
-        const Int rows = std::min(Int(8), M - m);
+    for (Int m = 0; m < M; ++m, dy += stride_dy) {
         T sums[8] = {};
-        if (rows == 8)
-            for (Int b = 0; b < size; ++b)
-                for (Int r = 0; r < 8; ++r) sums[r] += dy[(m + r) * stride_dy + b];
-        else
-            for (Int r = 0; r < rows; ++r)
-                for (Int b = 0; b < size; ++b) sums[r] += dy[(m + r) * stride_dy + b];
-        std::copy(sums, sums + rows, db + m);
+        Int b = 0;
+        for (; b + 8 <= size; b += 8)
+            for (int i = 0; i < 8; ++i) sums[i] += dy[b + i];
+        for (; b < size; ++b) sums[b % 8] += dy[b];
+        db[m] = ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
     }
     update(job, job.weights[p], job.firsts[p], job.seconds[p], db, row + p * ROW, M);
 }

@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 help:  ## list the targets
 	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-$(READY): setup.py constraints.txt
+$(READY): setup.py constraints.txt kernels/native/mlp_training.cpp
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
@@ -52,8 +52,10 @@ PRELOAD = $(shell $(CC) -print-file-name=libasan.so):$(shell $(CC) -print-file-n
 sanitize: $(READY)  ## the native engine under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
 	cp -RP fusednn kernels tests setup.py pyproject.toml README.md LICENSE $(SANITIZED)
+	rm -f $(SANITIZED)/fusednn/_native*
 	cd $(SANITIZED) && CFLAGS="-g -fsanitize=address,undefined -fno-sanitize-recover=all" \
-		$(abspath $(BIN))/python setup.py --quiet build_ext --inplace --force
+		$(abspath $(BIN))/python setup.py --quiet build_ext --inplace
+	grep -q __asan_init $(SANITIZED)/fusednn/_native*
 	cd $(SANITIZED) && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(PRELOAD)" \
 		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider tests/training -k native
 

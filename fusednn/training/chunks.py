@@ -56,5 +56,5 @@ class Chunks:
 
 
 def products_of(job: Job, net: Net) -> int:
-    """How many products of two numbers the matrix products of a step have."""
+    """How many products of two numbers a step makes: as many in the backward of each weight, and of its input."""
     return 3 * min(job.batch_size, max(1, job.epoch_rows)) * (net.w1.numel() + net.w2.numel())

@@ -23,9 +23,9 @@ do better. Unmeasured."""
 MOST_NATIVE_PRODUCTS = 2**27
 """Products in a step, counted as in `products_of`, above which PyTorch's loop is quicker than the native one.
 
-Measured by bench/bench_native.py on an AMD EPYC with AVX2, torch 2.13, one thread, float32, beside the loop with fused
-Adam, which takes 2.9 times as long as native at 9.8e6 products, 1.7 times at 784-512-10 with batch 32 (3.9e7), 1.3 times
-at 7.8e7, 1.05 to 1.1 times at 1.6e8 and 0.9 times at 6.2e8. Unmeasured with AVX-512 and on Arm."""
+Measured by bench/bench_native.py on an AMD EPYC with AVX2, torch 2.13, one thread, float32. Of native's time the loop
+with fused Adam takes 2.9 at 9.8e6 products, 1.7 at 784-512-10 with batch 32 (3.9e7), 1.3 at 7.8e7, 1.05 to 1.1 at 1.6e8
+and 0.9 at 6.2e8. Unmeasured with AVX-512 and on Arm."""
 
 
 class Choice(NamedTuple):

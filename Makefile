@@ -6,12 +6,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help train test test-full lint bench resources resources-3.6 mutants gpu clean
+.PHONY: help train test test-full lint bench resources resources-3.6 mutants sanitize gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-$(READY): setup.py constraints.txt
+$(READY): setup.py constraints.txt kernels/native/mlp_training.cpp
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
@@ -45,6 +45,19 @@ resources-3.6:  ## the same of the training kernel under Triton 3.6, the GPU ima
 
 mutants: $(READY)  ## break each kernel on purpose; fails if the tests let one breakage live
 	$(BIN)/python -m tests.mutants
+
+SANITIZED := build/sanitized
+PRELOAD = $(shell $(CC) -print-file-name=libasan.so):$(shell $(CC) -print-file-name=libubsan.so)
+
+sanitize: $(READY)  ## the native engine under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
+	cp -RP fusednn kernels tests setup.py pyproject.toml README.md LICENSE $(SANITIZED)
+	rm -f $(SANITIZED)/fusednn/_native*
+	cd $(SANITIZED) && CFLAGS="-g -fsanitize=address,undefined -fno-sanitize-recover=all" \
+		$(abspath $(BIN))/python setup.py --quiet build_ext --inplace
+	grep -q __asan_init $(SANITIZED)/fusednn/_native*
+	cd $(SANITIZED) && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(PRELOAD)" \
+		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider tests/training -k native
 
 gpu:  ## on a GPU: the tests marked gpu, then the benchmarks, within 9 minutes
 	$(PYTHON) -m bench.gpu

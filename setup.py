@@ -1,8 +1,9 @@
 """Metadata of fusednn. Tool settings live in pyproject.toml, exact versions in constraints.txt."""
 
+import sysconfig
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
 
@@ -25,6 +26,19 @@ extras = {
 }
 extras["dev"] = sorted({need for needs in extras.values() for need in needs})
 
+# The training loop for CPUs. On the stable ABI one build serves every Python from 3.11, but not those without a GIL.
+# Where it cannot be built the installation goes on without it, and `fusednn.explain` says so. No option here lets the
+# compiler reorder sums or forget NaN: a square root may only leave errno alone.
+stable = not sysconfig.get_config_var("Py_GIL_DISABLED")
+native = Extension(
+    "fusednn._native",
+    ["kernels/native/mlp_training.cpp"],
+    define_macros=[("Py_LIMITED_API", "0x030b0000")] if stable else [],
+    py_limited_api=stable,
+    extra_compile_args=["-std=c++17", "-O3", "-fno-math-errno"],
+    optional=True,
+)
+
 setup(
     name="fusednn",
     version="0.1.0",
@@ -38,6 +52,8 @@ setup(
     # the link fusednn/kernels: a top-level package called `kernels` would overwrite Hugging Face's.
     packages=["fusednn", "fusednn.app", "fusednn.kernels", "fusednn.ops", "fusednn.training"],
     package_data={"fusednn": ["py.typed"]},
+    ext_modules=[native],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if stable else {},
     install_requires=["torch>=2.11", 'triton>=3.6; platform_system == "Linux"'],
     extras_require=extras,
     entry_points={"console_scripts": ["fusednn = fusednn.app.cli:main"]},

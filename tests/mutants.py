@@ -38,6 +38,11 @@ class Mutant:
         return text[:place] + self.new + text[place + len(self.old) :]
 
 
+def in_native(function: str, *changes: tuple[str, str, str]) -> list[Mutant]:
+    """The mutants of a function of the native engine."""
+    return [Mutant(f"native {function}: {name}", NATIVE, f" {function}(", old, new) for name, old, new in changes]
+
+
 def of(file: str, kernel: str, *changes: tuple[str, str, str]) -> list[Mutant]:
     """The mutants (name, old, new) of one kernel or device function."""
     return [Mutant(f"{kernel}: {name}", file, f"def {kernel}(", old, new) for name, old, new in changes]
@@ -45,6 +50,7 @@ def of(file: str, kernel: str, *changes: tuple[str, str, str]) -> list[Mutant]:
 
 LINEAR, NUMERICS, LAUNCH = "kernels/linear.py", "kernels/numerics.py", "kernels/launch.py"
 LAUNCHER, CROSS_ENTROPY = "kernels/cross_entropy.py", "kernels/cross_entropy_kernels.py"
+NATIVE = "kernels/native/mlp_training.cpp"
 TRAINING, ADAM, OPTIMIZERS = "kernels/mlp_training.py", "kernels/adam.py", "fusednn/training/optimizers.py"
 
 MUTANTS = [
@@ -356,6 +362,46 @@ MUTANTS = [
         ("decoupled decay", "1 - lr * decay", "1 - decay"),
         ("dampened at first", "table[0, UNDAMPED] = 1.0", "pass"),
     ),
+    *in_native(
+        "padded",
+        ("no padding", "n = (n + lanes - 1) / lanes * lanes", "n = n / lanes * lanes"),
+    ),
+    *in_native(
+        "product",
+        ("the last rows", "for (; m < M; ++m)", "for (; m < M - 1; ++m)"),
+        ("depth of a tile", "std::min(TILE_K, K - k)", "TILE_K"),
+        ("rows of a tile of b", "b + k * stride_b + n", "b + n"),
+    ),
+    *in_native("transpose", ("beside the blocks", "m < whole_m ? whole_n : 0", "whole_n")),
+    *in_native(
+        "update",
+        ("sign", "g[i] *= row[SIGN]", "g[i] *= 1"),
+        ("coupled decay", "g[i] += row[DECAY] * w[i]", "g[i] += row[DECAY]"),
+        ("root not corrected", "std::sqrt(v[i]) * root", "std::sqrt(v[i])"),
+        ("Nesterov", "(g[i] + momentum * m[i])", "m[i]"),
+    ),
+    *in_native(
+        "backward_weight",
+        ("place of a part", "(m + r) * N + n", "(m + r) * N"),
+        ("the part before", "std::fill(dw, dw + rows * GRAD_N, T(0))", "(void)0"),
+    ),
+    *in_native("backward_bias", ("the last rows of a batch", "for (; b < size; ++b) sums", "for (; false; ++b) sums")),
+    *in_native(
+        "loss_rows",
+        ("stride of the targets", "job.targets[rows[b] * job.stride_t]", "job.targets[rows[b]]"),
+        ("NaN is the largest", "std::isnan(value) && !std::isnan(best)", "false"),
+        ("labels out of range", "label < 0 || label >= O) {\n            const", "false) {\n            const"),
+        ("weights of the smoothing", "kept + share * all_weights", "kept + share"),
+    ),
+    *in_native(
+        "train",
+        ("every batch full", "std::min(job.batch, job.epoch_rows - position)", "job.batch"),
+        ("gradient at zero", "h[i] <= 0 ? T(0) : dh[i]", "h[i] < 0 ? T(0) : dh[i]"),
+        ("relu of NaN", "h[i] <= 0 ? T(0) : h[i]", "h[i] > 0 ? h[i] : T(0)"),
+        ("no rows, no gradient", "job.mean && sums.counted > 0", "job.mean"),
+        ("one row for all steps", "job.table + step * PARAMETERS * ROW", "job.table"),
+        ("accuracy of the batch", "sums.right / sums.counted", "sums.right / size"),
+    ),
     *of(OPTIMIZERS, "take", ("steps not counted", 'state["step"] += steps', "pass")),
 ]
 """A mask, a stride, a sign, a scale, a dtype: what goes wrong in kernels."""
@@ -369,6 +415,7 @@ TESTS = {
     TRAINING: ["tests/kernels/test_mlp_training.py"],
     ADAM: ["tests/kernels/test_mlp_training.py", "tests/training"],
     OPTIMIZERS: ["tests/training"],
+    NATIVE: ["tests/training/test_native.py", "tests/training/test_train_steps.py", "-k", "native"],
 }
 
 
@@ -379,6 +426,13 @@ def survives(mutant: Mutant) -> bool:
         ignored = shutil.ignore_patterns(".*", "__pycache__", "runs", "*.egg-info")
         shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
         (copy / mutant.file).write_text(mutant.source())
+        if mutant.file == NATIVE:
+            for built in (copy / "fusednn").glob("_native*"):
+                built.unlink()
+            build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+            subprocess.run(build, cwd=copy, capture_output=True, check=True)
+            if not list((copy / "fusednn").glob("_native*")):
+                raise RuntimeError(f"{mutant.name}: does not compile")
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS[mutant.file]]
         environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
         result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)

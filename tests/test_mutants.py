@@ -12,7 +12,8 @@ from tests.mutants import ADAM, CROSS_ENTROPY, LINEAR, MUTANTS, ROOT, TRAINING, 
 def test_a_mutant_changes_its_file(mutant: Mutant) -> None:
     source = mutant.source()
     assert source != (ROOT / mutant.file).read_text()
-    compile(source, mutant.file, "exec")
+    if mutant.file.endswith(".py"):
+        compile(source, mutant.file, "exec")
 
 
 @pytest.mark.parametrize("file", [LINEAR, CROSS_ENTROPY, TRAINING, ADAM])

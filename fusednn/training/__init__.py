@@ -12,6 +12,7 @@ from ..modules import CrossEntropyLoss
 from .interrupts import Interrupts
 from .job import Job, check, whole
 from .looped import Looped
+from .native import Native
 from .plan import against_change, choose
 
 __all__ = ["train_steps"]
@@ -68,8 +69,8 @@ def train_steps(
 
     Who runs the steps `explain` tells: "resident", where model is Linear, ReLU, Linear of a moderate size in float32 or
     float64 on a GPU, the criterion nn.CrossEntropyLoss and the optimizer torch.optim's Adam, AdamW or SGD without
-    amsgrad: one program makes all steps, a launch for some 40 ms of them. Or "looped", that loop itself, for all else,
-    and why.
+    amsgrad: one program makes all steps, a launch for some 40 ms of them. "native" is the same on a CPU: a loop in C++,
+    in this thread alone. Or "looped", that loop itself, for all else, and why.
 
     Raises TypeError and ValueError for arguments that make no sense, ValueError for inputs and targets of different
     lengths, RuntimeError for those on another device than the model. A label out of range raises IndexError on the CPU
@@ -89,7 +90,10 @@ def train_steps(
     choice = choose(job)
     dispatch.note(dispatch.Decision("train_steps", choice.engine, choice.reason))
     engine: Any
-    if choice.net is not None:
+    if choice.engine == "native":
+        assert choice.net is not None
+        engine = Native(job, choice.net)
+    elif choice.net is not None:
         from .resident import Resident  # imports Triton, as does captured
 
         engine = Resident(job, choice.net)

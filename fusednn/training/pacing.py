@@ -20,7 +20,7 @@ class Pace:
     def __init__(self, data: Tensor, first: int, most: int) -> None:
         """`data` says on which device; a first chunk has at most `first` steps, any at most `most`."""
         self.data, self.device = data, data.device if data.is_cuda else None
-        self.chunk, self.most = max(1, min(first, most)) if data.is_cuda else 1, most
+        self.chunk, self.most = max(1, min(first, most)), most
         self.marks: deque[tuple[int, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def send(self, steps: int, launch: Callable[[int], None]) -> None:

@@ -20,6 +20,7 @@ from fusednn.app.checkpoint import load_model
 from fusednn.app.cli import main
 from fusednn.app.data import load
 from fusednn.app.loop import evaluate
+from fusednn.training.native import MACHINES, Native
 from fusednn.training.resident import Resident
 
 FILES = ["curves.png", "history.csv", "model.safetensors"]
@@ -59,8 +60,10 @@ def test_train_leaves_a_model_a_history_and_a_picture(
     lines = output.splitlines()
     assert lines[0] == "device: cpu"
     reason = "(CPU tensor, and TRITON_INTERPRET=1 is not set)"
+    unbuilt = "looped (the native engine was not built)"
+    serves = f"native ({Native.machine}, torch.float32, 64-16-10, batch 32)" if MACHINES else unbuilt
     assert lines[1:5] == [
-        f"train_steps: looped {reason}",
+        f"train_steps: {serves}",
         f"linear_relu: PyTorch {reason}",
         f"linear: PyTorch {reason}",
         f"cross_entropy: PyTorch {reason}",

@@ -20,8 +20,9 @@ def adam(model: nn.Module, lr: float) -> torch.optim.Adam:
 
 @pytest.fixture
 def looped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch trains, as in a process without TRITON_INTERPRET: the same bits as the loop written out."""
+    """PyTorch trains, as in a process with neither Triton nor the native engine: the bits of the loop written out."""
     monkeypatch.setattr("fusednn.dispatch.INTERPRETED", False)
+    monkeypatch.setattr("fusednn.training.plan.MACHINES", {})
 
 
 @pytest.mark.usefixtures("looped")

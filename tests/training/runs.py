@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import fusednn
 from fusednn import reference
+from fusednn.training import plan
 
 INPUTS, HIDDEN, OUTPUTS, ROWS = 20, 24, 10, 50
 
@@ -27,6 +28,11 @@ def data(device: str, rows: int = ROWS, inputs: int = INPUTS, outputs: int = OUT
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(rows, inputs, generator=generator)
     return x.to(device), torch.randint(0, outputs, (rows,), generator=generator).to(device)
+
+
+def one_call() -> str:
+    """The engine that makes many steps in one call, of those that the fixture `device` lets serve."""
+    return "native" if plan.on_plain_cpu(torch.empty(0)) else "resident"
 
 
 Make = Callable[[Any], torch.optim.Optimizer]

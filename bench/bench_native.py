@@ -1,0 +1,197 @@
+"""Training 64-128-10 at batch 32 on one thread of a CPU: train_steps beside PyTorch's loops and scikit-learn's.
+
+    a step        of the native engine, of the eager loop with Adam and fused Adam, of a whole step under torch.compile
+                  (forward, loss, backward and Adam written out, in one graph), and of MLPClassifier
+    growth        of a step with the batch and with the width, beside the eager loop
+    crossover     the net at batch 32 from which the loop, with one thread, is quicker than the native engine
+
+A CPU that others use too wanders by more than what is looked for. So all take turns, some milliseconds each, and
+what is compared is the median of the ratios of neighbours. Each is printed, and each goal that is missed is a failure.
+"""
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.neural_network import MLPClassifier
+from torch import Tensor, nn
+
+from fusednn import explain, reference, train_steps
+from fusednn.training import native, plan
+
+pytestmark = [
+    pytest.mark.filterwarnings("default"),
+    pytest.mark.skipif(not native.MACHINES, reason="the native engine was not built"),
+]
+
+DIGITS, ROWS, BATCH = (64, 128, 10), 1792, 32
+GOALS = {"eager": 12.0, "torch.compile": 3.0, "MLPClassifier": 8.0}
+"""How many times as long as the native engine's a step of these takes at least."""
+
+CROSSOVER = (784, 512, 10)
+"""Up to this net at batch 32 the native engine is the quicker one."""
+
+TURNS = 15
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """PyTorch computes with one thread, as the native engine does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Data:
+    """The same net and data for each."""
+
+    def __init__(self, sizes: tuple[int, int, int] = DIGITS, batch: int = BATCH, rows: int = ROWS) -> None:
+        torch.manual_seed(0)
+        self.batch, self.sizes = batch, sizes
+        self.model = reference.SimpleNN(*sizes)
+        self.x, self.targets = torch.randn(rows, sizes[0]), torch.randint(sizes[2], (rows,))
+
+    def adam(self, **options: Any) -> torch.optim.Optimizer:
+        """The textbook's."""
+        return torch.optim.Adam(self.model.parameters(), lr=0.01, **options)
+
+    def loop(self, train: Callable[..., Any] = reference.train_steps, **options: Any) -> Callable[[int], Any]:
+        """A function that makes so many steps by `train`."""
+        optimizer = self.adam(**options)
+        return lambda steps: train(self.model, optimizer, self.x, self.targets, batch_size=self.batch, steps=steps)
+
+
+def compiled_step(data: Data) -> Callable[[int], Any]:
+    """Steps as one graph each: forward, gradients by autograd's formulas, and Adam, written out and in place."""
+    w1, b1, w2, b2 = parameters = [parameter.detach() for parameter in data.model.parameters()]
+    firsts, seconds = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
+
+    @torch.compile(fullgraph=True)
+    def step(x: Tensor, targets: Tensor, sizes: Tensor) -> Tensor:
+        h = torch.relu(torch.addmm(b1, x, w1.t()))
+        y = torch.addmm(b2, h, w2.t())
+        log_p = torch.log_softmax(y, 1)
+        dy = (log_p.exp() - nn.functional.one_hot(targets, y.shape[1])) / len(x)
+        dh = torch.where(h <= 0, 0.0, dy @ w2)
+        gradients = dh.t() @ x, dh.sum(0), dy.t() @ h, dy.sum(0)
+        for p, m, v, g in zip(parameters, firsts, seconds, gradients, strict=True):
+            m.add_(0.1 * (g - m))
+            v.mul_(0.999).add_(0.001 * g * g)
+            p.sub_(sizes[0] * m / (v.sqrt() * sizes[1] + 1e-8))
+        return -log_p.gather(1, targets[:, None]).mean()
+
+    done = 0
+
+    def run(steps: int) -> None:
+        nonlocal done
+        order = torch.randperm(len(data.x)).split(data.batch)
+        for i in range(steps):
+            done += 1
+            sizes = torch.tensor([0.01 / (1 - 0.9**done), (1 - 0.999**done) ** -0.5])
+            rows = order[i % len(order)]
+            step(data.x[rows], data.targets[rows], sizes)
+
+    return run
+
+
+def mlp_classifier(data: Data) -> Callable[[int], Any]:
+    """scikit-learn's, in whole epochs."""
+    epoch = len(data.x) // data.batch
+    x, targets = data.x.numpy(), data.targets.numpy().astype(np.int64)
+    model = MLPClassifier(data.sizes[1], batch_size=data.batch, learning_rate_init=0.01, alpha=0.0, warm_start=True)
+
+    def run(steps: int) -> None:
+        model.set_params(max_iter=max(1, steps // epoch), n_iter_no_change=10**6)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(x, targets)
+
+    return run
+
+
+def in_turns(runs: dict[str, tuple[Callable[[int], Any], int]], turns: int = TURNS) -> dict[str, list[float]]:
+    """Microseconds a step of each, a number of each turn; beside each its function is how many steps a turn has."""
+    for run, steps in runs.values():
+        run(steps)
+    us: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(turns):
+        for name, (run, steps) in runs.items():
+            begin = time.perf_counter()
+            run(steps)
+            us[name].append((time.perf_counter() - begin) / steps * 1e6)
+    return us
+
+
+def ratio(us: dict[str, list[float]], name: str) -> float:
+    """How many times as long as the native engine's a step of `name` takes."""
+    return statistics.median(theirs / ours for theirs, ours in zip(us[name], us["native"], strict=True))
+
+
+def native_loop(data: Data, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Any]:
+    """The steps of train_steps, by the native engine at any size."""
+    monkeypatch.setattr(plan, "MOST_NATIVE_PRODUCTS", 2**62)
+    run = data.loop(train_steps)
+    assert explain(run, 1)[0].implementation == "native"
+    return run
+
+
+def test_step(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The goals."""
+    epoch = ROWS // BATCH
+    ours = native_loop(Data(), monkeypatch)
+    runs = {
+        "native": (ours, 20 * epoch),
+        "eager": (Data().loop(), 2 * epoch),
+        "eager, fused Adam": (Data().loop(fused=True), 2 * epoch),
+        "torch.compile": (compiled_step(Data()), 4 * epoch),
+        "MLPClassifier": (mlp_classifier(Data()), 4 * epoch),
+    }
+    us = in_turns(runs)
+    ratios = {name: ratio(us, name) for name in runs}
+    print(f"\n64-128-10, batch 32, one thread, {native.Native.machine}: us a step (best, median), ratio")
+    for name, times in us.items():
+        print(f"{name:20}{min(times):8.1f}{statistics.median(times):8.1f}{ratios[name]:8.1f}")
+    benchmark.extra_info |= {"ratios": ratios, "machine": native.Native.machine}
+    benchmark.pedantic(ours, args=(20 * epoch,), rounds=5)
+    missed = [f"{name}: {ratios[name]:.1f} of {goal}" for name, goal in GOALS.items() if ratios[name] < goal]
+    assert not missed
+
+
+def test_growth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Printed."""
+    shapes = [((64, 128, 10), batch) for batch in (1, 8, 32, 128, 512)]
+    shapes += [((64, hidden, 10), 32) for hidden in (32, 64, 256, 512, 1024)]
+    print(f"\n{'net':>14}{'batch':>8}{'native us':>12}{'eager us':>12}{'ratio':>8}")
+    for sizes, batch in shapes:
+        us = in_turns(
+            {"native": (native_loop(Data(sizes, batch), monkeypatch), 400), "eager": (Data(sizes, batch).loop(), 40)}, 7
+        )
+        best = [min(us[name]) for name in ("native", "eager")]
+        print(f"{'-'.join(map(str, sizes)):>14}{batch:8}{best[0]:12.1f}{best[1]:12.1f}{ratio(us, 'eager'):8.1f}")
+
+
+def test_crossover(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop with fused Adam, the quickest that a user would write, against the native engine, wider and wider."""
+    print(f"\n{'net':>14}{'batch':>8}{'products':>14}{'native us':>12}{'fused us':>12}{'ratio':>8}")
+    ratios = {}
+    shapes = [((784, hidden, 10), 32) for hidden in (128, 512, 1024, 2048)]
+    shapes += [((784, hidden, 10), batch) for hidden, batch in ((512, 128), (512, 512), (2048, 512))]
+    for sizes, batch in shapes:
+        ours = native_loop(Data(sizes, batch, 2048), monkeypatch)
+        products = 3 * batch * sizes[1] * (sizes[0] + sizes[2])
+        steps = max(4, 2**31 // products)  # a call of few steps would be measured for what it does once
+        us = in_turns({"native": (ours, steps), "fused": (Data(sizes, batch, 2048).loop(fused=True), steps)}, 9)
+        ratios[sizes, batch] = ratio(us, "fused")
+        best = [min(us[name]) for name in ("native", "fused")]
+        print(
+            f"{'-'.join(map(str, sizes)):>14}{batch:8}{products:14,}{best[0]:12.0f}{best[1]:12.0f}"
+            f"{ratios[sizes, batch]:8.2f}"
+        )
+    assert ratios[CROSSOVER, 32] > 1

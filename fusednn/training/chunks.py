@@ -1,0 +1,63 @@
+"""What the engines that make many steps in one call share: a job in chunks of steps, each handed over whole."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.cross_entropy import check_range
+from .interrupts import Interrupts
+from .job import Job
+from .nets import Net
+from .optimizers import KernelOptimizer, Steps
+from .orders import Rows
+from .pacing import Pace
+
+MOST_STEPS = 10_000
+"""The most steps of a chunk: its order and table take 144 bytes of memory a step and 8 a row."""
+
+
+class Chunks:
+    """Runs a job in chunks of steps; `losses` and `accuracies` have those of its `done` steps."""
+
+    def __init__(self, job: Job, net: Net, first: int) -> None:
+        """`first` is how many products the first chunk may have, which nobody has timed yet."""
+        check_range(job.targets, net.sizes[2], job.criterion.ignore_index)
+        self.job, self.net, self.rows, self.done = job, net, Rows(job), 0
+        self.optimizer = KernelOptimizer(job.optimizer, net, job.lr_schedule)
+        self.losses: list[Tensor] = []
+        self.accuracies: list[Tensor] = []
+        self.pace = Pace(job.inputs, first // products_of(job, net), MOST_STEPS)
+
+    def advance(self, most: int, interrupts: Interrupts) -> None:
+        """Launch at least one and at most `most` steps."""
+        self.pace.send(min(most, self.pace.chunk), self._launch)
+        self.optimizer.finish()
+
+    def _launch(self, steps: int) -> None:
+        job, criterion = self.job, self.job.criterion
+        taken = self.optimizer.take(steps)
+        steps = len(taken.table)
+        position, order = self.rows.position, self.rows.take(steps)
+        numbers = {
+            "batch_size": job.batch_size,
+            "position": position,
+            "epoch_rows": job.epoch_rows,
+            "ignore_index": criterion.ignore_index,
+            "label_smoothing": criterion.label_smoothing,
+        }
+        losses, accuracies = self.train(order, taken, numbers)
+        torch.autograd.graph.increment_version(self.net.parameters)
+        self.losses.append(losses)
+        self.accuracies.append(accuracies)
+        self.optimizer.count(steps)
+        self.done += steps
+
+    def train(self, order: Tensor, taken: Steps, numbers: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Make the steps of the table in `taken` on the rows of `order`; their losses and accuracies, [steps] each."""
+        raise NotImplementedError
+
+
+def products_of(job: Job, net: Net) -> int:
+    """How many products of two numbers a step makes: as many in the backward of each weight, and of its input."""
+    return 3 * min(job.batch_size, max(1, job.epoch_rows)) * (net.w1.numel() + net.w2.numel())

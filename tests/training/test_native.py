@@ -1,0 +1,257 @@
+"""The native engine where it is alone: sizes and options at random, each kind of machine, who is chosen and why.
+
+That it computes what the others compute the other files test, with the fixture `device`.
+"""
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import fusednn
+from fusednn import reference, train_steps
+from fusednn.training.native import MACHINES, Native
+
+from .conftest import serve_natively
+from .runs import adam, assert_alike, data, net, train
+from .test_train_steps import OPTIMIZERS
+
+pytestmark = pytest.mark.skipif(not MACHINES, reason="the native engine was not built")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def native(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve_natively(monkeypatch)
+
+
+@st.composite
+def jobs(draw: Any) -> dict[str, Any]:
+    """Sizes around those of vectors and tiles, and whatever options there are."""
+    size = st.integers(1, 40) | st.sampled_from([64, 65, 255, 257, 300])
+    return {
+        "sizes": (draw(size), draw(size), draw(st.integers(1, 20) | st.just(130))),
+        "rows": draw(st.integers(0, 70)),
+        "batch_size": draw(st.integers(1, 80)),
+        "bias": draw(st.booleans()),
+        "make": draw(st.sampled_from(sorted(set(OPTIMIZERS) - {"Adam, lr a tensor"}))),
+        "labels": draw(st.sampled_from([torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])),
+        "every_other": draw(st.booleans()),
+        "reduction": draw(st.sampled_from(["mean", "sum"])),
+        "weighted": draw(st.booleans()),
+        "label_smoothing": draw(st.sampled_from([0.0, 0.1, 1.0])),
+        "ignored": draw(st.booleans()),
+        "machine": draw(st.sampled_from(sorted(MACHINES))),
+        "seed": draw(st.integers(0, 100)),
+    }
+
+
+EXAMPLE = {
+    "sizes": (300, 17, 10), "rows": 70, "batch_size": 33, "bias": True, "make": "Adam, options", "labels": torch.uint8,
+    "every_other": True, "reduction": "mean", "weighted": True, "label_smoothing": 0.1, "ignored": True,
+    "machine": next(iter(MACHINES), ""), "seed": 0,
+}  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(jobs())
+@example(EXAMPLE)
+@example(EXAMPLE | {"rows": 0})
+@example(EXAMPLE | {"sizes": (257, 255, 130), "machine": next(reversed(MACHINES), "")})
+def test_as_the_loop_in_float64(job: dict[str, Any]) -> None:
+    inputs, _, outputs = job["sizes"]
+    generator = torch.Generator().manual_seed(job["seed"])
+    stride = 2 if job["every_other"] else 1
+    x = torch.randn(stride * job["rows"], stride * inputs, generator=generator, dtype=torch.float64)
+    targets = torch.randint(0, min(outputs, 128), (stride * job["rows"],), generator=generator).to(job["labels"])
+    x, targets = x[::stride, ::stride], targets[::stride]
+    criterion = nn.CrossEntropyLoss(
+        weight=torch.rand(outputs, generator=generator, dtype=torch.float64) + 0.1 if job["weighted"] else None,
+        ignore_index=int(targets[0]) if job["ignored"] and len(targets) else -100,
+        reduction=job["reduction"],
+        label_smoothing=job["label_smoothing"],
+    )
+    model = net("cpu", job["sizes"], job["bias"]).double()
+    make: Any = OPTIMIZERS[job["make"] if job["bias"] or "groups" not in job["make"] else "Adam"]
+    given = {"steps": 5, "batch_size": job["batch_size"], "criterion": criterion, "make": make}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Native, "machine", job["machine"])
+        ours = train(train_steps, model, x, targets, **given)
+    assert ours.engine == "native"
+    theirs = train(reference.train_steps, model, x, targets.long(), **given)  # PyTorch smooths no uint8
+    assert_alike(ours, theirs, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_each_kind_of_machine(monkeypatch: pytest.MonkeyPatch, machine: str, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(Native, "machine", machine)
+    x, targets = data("cpu")
+    model, given = net("cpu").to(dtype), {"epochs": 5, "batch_size": 16}
+    ours, theirs = (train(loop, model, x.to(dtype), targets, **given) for loop in (train_steps, reference.train_steps))
+    assert_alike(ours, theirs)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_the_same_bits_again(monkeypatch: pytest.MonkeyPatch, machine: str) -> None:
+    """Also in chunks of another length, and with the data elsewhere in memory."""
+    monkeypatch.setattr(Native, "machine", machine)
+    x, targets = data("cpu", 500, 65)
+    given: dict[str, Any] = {"epochs": 3, "batch_size": 48}
+    first = train(train_steps, net("cpu", (65, 100, 10)), x, targets, **given)
+    apart = torch.empty(len(x), 131)[:, 1::2]
+    apart.copy_(x)
+    second = train(train_steps, net("cpu", (65, 100, 10)), apart, targets, chunk_steps=2, **given)
+    assert torch.equal(first.losses, second.losses)
+    for ours, theirs in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), 1e38, 1e-42])
+def test_special_numbers(value: float) -> None:
+    """NaN and inf stand where they stand after the loop."""
+    x, targets = data("cpu")
+    x[20, 3] = value
+    given: dict[str, Any] = {"steps": 3, "batch_size": 16, "shuffle": False, "make": OPTIMIZERS["SGD"]}
+    ours, theirs = (train(loop, net("cpu"), x, targets, **given) for loop in (train_steps, reference.train_steps))
+    assert ours.engine == "native"
+    assert_alike(ours, theirs)
+
+
+def test_class_weights_of_zero() -> None:
+    """A batch that weighs nothing has a loss of 0 / 0, as in PyTorch."""
+    x, targets = data("cpu")
+    targets[:8] = 3
+    weight = torch.ones(10)
+    weight[3] = 0.0
+    given: dict[str, Any] = {"steps": 2, "batch_size": 8, "shuffle": False, "criterion": nn.CrossEntropyLoss(weight)}
+    ours, theirs = (train(loop, net("cpu"), x, targets, **given) for loop in (train_steps, reference.train_steps))
+    assert_alike(ours, theirs)
+
+
+def test_a_label_that_on_chunk_makes_wrong_is_nan() -> None:
+    """It is read nowhere out of bounds."""
+    x, targets = data("cpu")
+    model = net("cpu")
+
+    def change(done: int, losses: torch.Tensor) -> None:
+        targets.fill_(2**40)
+
+    losses = train_steps(model, adam(model.parameters()), x, targets, steps=4, chunk_steps=2, on_chunk=change)
+    assert losses.isnan().tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize("change", [lambda m: m.double(), lambda m: setattr(m[0].weight, "data", torch.zeros(1, 2))])
+def test_parameters_that_on_chunk_replaces_are_refused(change: Any) -> None:
+    model = net("cpu")
+    optimizer = adam(model.parameters())
+    with pytest.raises(RuntimeError, match="is no longer"):
+        train_steps(model, optimizer, *data("cpu"), steps=4, chunk_steps=2, on_chunk=lambda done, losses: change(model))
+
+
+def test_ctrl_c_is_heard_soon() -> None:
+    """Within two chunks and what else the machine does; the steps before it are done, and no part of another."""
+    x, targets = data("cpu", 1000, 256)
+    model, told, sent, given = net("cpu", (256, 512, 10)), [0], [0.0], {"batch_size": 256, "shuffle": False}
+    start = copy.deepcopy(model)
+
+    def interrupt() -> None:
+        sent[0] = time.monotonic()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Timer(0.5, interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        train_steps(
+            model, adam(model.parameters()), x, targets, steps=10**6,
+            on_chunk=lambda done, losses: told.append(done), **given,
+        )  # fmt: skip
+    assert time.monotonic() - sent[0] < 1.0
+    train_steps(start, adam(start.parameters()), x, targets, steps=told[-1], **given)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True))
+
+
+def test_other_threads_run_meanwhile() -> None:
+    """The GIL is released: this thread counts while the other makes one long step."""
+    x, targets = data("cpu", 4096, 512)
+    model = net("cpu", (512, 512, 10))
+    thread = threading.Thread(
+        target=train_steps, args=(model, adam(model.parameters()), x, targets),
+        kwargs={"batch_size": 4096, "steps": 1, "shuffle": False},
+    )  # fmt: skip
+    thread.start()
+    gaps, before = [], time.monotonic()
+    while thread.is_alive():
+        time.sleep(0.001)
+        gaps.append(time.monotonic() - before)
+        before = time.monotonic()
+    assert len(gaps) > 5
+
+
+ASK = """
+import sys, torch
+if sys.argv[1] == "unbuilt":
+    sys.modules["fusednn._native"] = None
+import fusednn
+from fusednn.training import plan
+hidden = 16 if sys.argv[1] != "large" else plan.MOST_NATIVE_PRODUCTS // (3 * 32 * 20) + 1
+model = torch.nn.Sequential(torch.nn.Linear(10, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, 10))
+x, targets = torch.randn(64, 10), torch.randint(10, (64,))
+optimizer = torch.optim.SGD(model.parameters())
+decision = fusednn.explain(fusednn.train_steps, model, optimizer, x, targets, steps=2)[0]
+print(decision, "fusednn.kernels.launch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    ("case", "answer"),
+    [
+        ("plain", f"train_steps: native ({Native.machine}, torch.float32, 10-16-10, batch 32) False"),
+        ("unbuilt", "train_steps: looped (the native engine was not built)"),
+        ("large", "is so large that PyTorch's own products are quicker)"),
+    ],
+)
+def test_who_serves_a_plain_cpu(case: str, answer: str) -> None:
+    """In a process without the interpreter; the native engine does not import what needs Triton."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    result = subprocess.run(
+        [sys.executable, "-c", ASK, case], env=environment, capture_output=True, text=True, check=False
+    )
+    assert answer in result.stdout, result.stderr
+
+
+def test_the_interpreter_keeps_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    model = net("cpu")
+    decision = fusednn.explain(train_steps, model, adam(model.parameters()), *data("cpu"), steps=1)[0]
+    assert decision.implementation == "resident"
+
+
+def test_without_a_compiler_the_build_succeeds(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    command = [
+        sys.executable,
+        "setup.py",
+        "build",
+        "--build-base",
+        str(tmp_path),
+        "egg_info",
+        "--egg-base",
+        str(tmp_path),
+    ]
+    environment = os.environ | {"CC": "/bin/false", "CXX": "/bin/false"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert list(tmp_path.glob("**/fusednn/training/native.py"))
+    assert not list(tmp_path.glob("**/_native*"))

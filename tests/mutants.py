@@ -278,7 +278,7 @@ MUTANTS = [
     *of(
         TRAINING,
         "hidden_tile",
-        ("stride of x", "(offs_i * strides[1])[None, :]", "offs_i[None, :]"),
+        ("stride of x", "(offs_i.to(tl.int64) * strides[1])[None, :]", "offs_i[None, :]"),
         ("mask of I", "mask=mask_b[:, None] & (offs_i < I)[None, :]", "mask=mask_b[:, None]"),
         ("relu of NaN", "tl.where(z <= 0, 0.0, z)", "tl.where(z > 0, z, 0.0)"),
         ("no bias", "z += tl.load", "z += 0 * tl.load"),

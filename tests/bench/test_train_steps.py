@@ -89,6 +89,6 @@ def test_the_summary_holds_goals_and_microseconds() -> None:
 
 def test_gpu_runs_every_benchmark_within_its_limit() -> None:
     files = {file.stem.removeprefix("bench_") for file in (gpu.ROOT / "bench").glob("bench_*.py")}
-    assert set(gpu.BENCHMARKS) == files
+    assert set(gpu.BENCHMARKS) == files - {"native"}  # which is for a CPU
     assert sum(gpu.BENCHMARKS.values()) <= gpu.LIMIT
     assert next(iter(gpu.BENCHMARKS)) == "train_steps"

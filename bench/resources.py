@@ -95,8 +95,7 @@ def is_aligned(build: Any) -> bool:
 
 
 BUDGETS: dict[str, Callable[[Any, str, Resources], bool]] = {
-    "within its stack": lambda build, target, used: used.stack <= getattr(build, "stack", 0),
-    "no local memory": lambda build, target, used: used.spills == 0 or getattr(build, "stack", 0) > 0,
+    "no local memory": lambda build, target, used: used.spills == 0 or used.stack <= getattr(build, "stack", 0),
     "tensor cores": lambda build, target, used: (
         used.tensor_core > 0 or not used.dot_rows or not uses_tensor_cores(build, target)
     ),

@@ -1,6 +1,17 @@
 """The tests of training run three times: in the interpreter, on a GPU, and on a CPU by the native engine."""
 
+import signal
+from collections.abc import Iterator
+
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard() -> Iterator[None]:
+    """A shell starts a job in the background with SIGINT ignored, and Python leaves it so: nothing would end a run."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(

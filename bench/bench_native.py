@@ -12,7 +12,7 @@ what is compared is the median of the ratios of neighbours. Each is printed, and
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -38,15 +38,6 @@ CROSSOVER = (784, 512, 10)
 """Up to this net at batch 32 the native engine is the quicker one."""
 
 TURNS = 15
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """PyTorch computes with one thread, as the native engine does."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Data:

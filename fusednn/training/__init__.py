@@ -120,7 +120,8 @@ def _run(
 
     `kept` are the parameters that its kernels write.
     """
-    steps, told = job.steps, 0  # how many of the engine's pieces of losses on_chunk has seen
+    steps = job.steps
+    told = 0  # how many of the engine's pieces of losses on_chunk has seen
 
     def tell() -> bool:
         """Tell on_chunk of the steps since it was last told; whether the training goes on."""

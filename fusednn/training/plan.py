@@ -19,7 +19,6 @@ MOST_CLASSES, MOST_ROWS, MOST_WORK = 128, 512, 2**25
 """What one program serves: outputs, rows of a batch, and products in a forward (batch · weights). Beyond, many programs
 do better. Unmeasured."""
 
-
 MOST_NATIVE_PRODUCTS = 2**27
 """Products in a step, counted as in `products_of`, above which PyTorch's loop is quicker than the native one.
 

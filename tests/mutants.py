@@ -38,9 +38,9 @@ class Mutant:
         return text[:place] + self.new + text[place + len(self.old) :]
 
 
-def in_native(function: str, *changes: tuple[str, str, str]) -> list[Mutant]:
+def in_native(file: str, function: str, *changes: tuple[str, str, str]) -> list[Mutant]:
     """The mutants of a function of the native engine."""
-    return [Mutant(f"native {function}: {name}", NATIVE, f" {function}(", old, new) for name, old, new in changes]
+    return [Mutant(f"native {function}: {name}", file, f" {function}(", old, new) for name, old, new in changes]
 
 
 def of(file: str, kernel: str, *changes: tuple[str, str, str]) -> list[Mutant]:
@@ -50,7 +50,7 @@ def of(file: str, kernel: str, *changes: tuple[str, str, str]) -> list[Mutant]:
 
 LINEAR, NUMERICS, LAUNCH = "kernels/linear.py", "kernels/numerics.py", "kernels/launch.py"
 LAUNCHER, CROSS_ENTROPY = "kernels/cross_entropy.py", "kernels/cross_entropy_kernels.py"
-NATIVE = "kernels/native/mlp_training.cpp"
+NATIVE, PRODUCTS, UPDATE = (f"kernels/native/{name}" for name in ("mlp_training.cpp", "products.h", "adam.h"))
 TRAINING, ADAM, OPTIMIZERS = "kernels/mlp_training.py", "kernels/adam.py", "fusednn/training/optimizers.py"
 
 MUTANTS = [
@@ -363,43 +363,66 @@ MUTANTS = [
         ("dampened at first", "table[0, UNDAMPED] = 1.0", "pass"),
     ),
     *in_native(
+        PRODUCTS,
         "padded",
         ("no padding", "n = (n + lanes - 1) / lanes * lanes", "n = n / lanes * lanes"),
     ),
     *in_native(
+        PRODUCTS,
         "product",
-        ("the last rows", "for (; m < M; ++m)", "for (; m < M - 1; ++m)"),
+        ("the last rows", "tiles(std::integral_constant<int, 1>());", ""),
         ("depth of a tile", "std::min(TILE_K, K - k)", "TILE_K"),
         ("rows of a tile of b", "b + k * stride_b + n", "b + n"),
+        ("columns of a tile of a", "a + k * stride_ak", "a"),
     ),
-    *in_native("transpose", ("beside the blocks", "m < whole_m ? whole_n : 0", "whole_n")),
+    *in_native(PRODUCTS, "transpose", ("beside the blocks", "m < whole_m ? whole_n : 0", "whole_n")),
     *in_native(
+        UPDATE,
         "update",
         ("sign", "g[i] *= row[SIGN]", "g[i] *= 1"),
         ("coupled decay", "g[i] += row[DECAY] * w[i]", "g[i] += row[DECAY]"),
         ("root not corrected", "std::sqrt(v[i]) * root", "std::sqrt(v[i])"),
         ("Nesterov", "(g[i] + momentum * m[i])", "m[i]"),
     ),
+    *in_native(NATIVE, "linear", ("no bias", "b ? b[m] : T(0)", "T(0)")),
+    *in_native(NATIVE, "hidden_tile", ("relu of NaN", "to.h[i] <= 0 ? T(0) : to.h[i]", "to.h[i] > 0 ? to.h[i] : T(0)")),
     *in_native(
-        "backward_weight",
-        ("place of a part", "(m + r) * N + n", "(m + r) * N"),
-        ("the part before", "std::fill(dw, dw + rows * GRAD_N, T(0))", "(void)0"),
-    ),
-    *in_native("backward_bias", ("the last rows of a batch", "for (; b < size; ++b) sums", "for (; false; ++b) sums")),
-    *in_native(
-        "loss_rows",
-        ("stride of the targets", "job.targets[rows[b] * job.stride_t]", "job.targets[rows[b]]"),
+        NATIVE,
+        "loss_row",
         ("NaN is the largest", "std::isnan(value) && !std::isnan(best)", "false"),
-        ("labels out of range", "label < 0 || label >= O) {\n            const", "false) {\n            const"),
+        ("labels out of range", "known = label >= 0 && label < O", "known = true"),
+        ("rows that are ignored", "sums.counted += ignored ? 0 : 1", "sums.counted += 1"),
         ("weights of the smoothing", "kept + share * all_weights", "kept + share"),
+        ("largest not taken off", "T shifted = y[o * stride_y] - largest", "T shifted = y[o * stride_y]"),
     ),
     *in_native(
-        "train",
-        ("every batch full", "std::min(job.batch, job.epoch_rows - position)", "job.batch"),
-        ("gradient at zero", "h[i] <= 0 ? T(0) : dh[i]", "h[i] < 0 ? T(0) : dh[i]"),
-        ("relu of NaN", "h[i] <= 0 ? T(0) : h[i]", "h[i] > 0 ? h[i] : T(0)"),
+        NATIVE,
+        "forward_tile",
+        ("stride of the targets", "job.targets[rows[b] * job.stride_t]", "job.targets[rows[b]]"),
         ("no rows, no gradient", "job.mean && sums.counted > 0", "job.mean"),
+    ),
+    *in_native(NATIVE, "step_on", ("row of the parameter", "row + p * ROW", "row")),
+    *in_native(
+        NATIVE,
+        "step_on_weight",
+        ("place of a part", "(m + r) * N + n", "(m + r) * N"),
+        ("the part before", "std::fill_n(dw, rows * GRAD_N, T(0))", "(void)0"),
+    ),
+    *in_native(
+        NATIVE, "step_on_bias", ("the last rows of a batch", "for (; b < size; ++b) sums", "for (; false; ++b) sums")
+    ),
+    *in_native(
+        NATIVE,
+        "backward_output",
+        ("gradient at zero", "of.h[i] <= 0 ? T(0) : of.dh[i]", "of.h[i] < 0 ? T(0) : of.dh[i]"),
+        ("the step before's dh", "std::fill_n(of.dh.p, H * stride_b, T(0))", "(void)0"),
+    ),
+    *in_native(
+        NATIVE,
+        "mlp_training",
+        ("every batch full", "std::min(job.batch, job.epoch_rows - position)", "job.batch"),
         ("one row for all steps", "job.table + step * PARAMETERS * ROW", "job.table"),
+        ("same rows again", "rows += size", "rows += 0"),
         ("accuracy of the batch", "sums.right / sums.counted", "sums.right / size"),
     ),
     *of(OPTIMIZERS, "take", ("steps not counted", 'state["step"] += steps', "pass")),
@@ -415,8 +438,10 @@ TESTS = {
     TRAINING: ["tests/kernels/test_mlp_training.py"],
     ADAM: ["tests/kernels/test_mlp_training.py", "tests/training"],
     OPTIMIZERS: ["tests/training"],
-    NATIVE: ["tests/training/test_native.py", "tests/training/test_train_steps.py", "-k", "native"],
 }
+TESTS[NATIVE] = TESTS[PRODUCTS] = TESTS[UPDATE] = [
+    "tests/training/test_native.py", "tests/training/test_train_steps.py", "-k", "native",
+]  # fmt: skip
 
 
 def survives(mutant: Mutant) -> bool:
@@ -426,7 +451,7 @@ def survives(mutant: Mutant) -> bool:
         ignored = shutil.ignore_patterns(".*", "__pycache__", "runs", "*.egg-info")
         shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
         (copy / mutant.file).write_text(mutant.source())
-        if mutant.file == NATIVE:
+        if mutant.file in (NATIVE, PRODUCTS, UPDATE):
             for built in (copy / "fusednn").glob("_native*"):
                 built.unlink()
             build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]

@@ -77,10 +77,10 @@ class Native(Chunks):
             steps,
             numbers["ignore_index"],
             RULES.index(rule.rule),
-            criterion.reduction == "mean",
             rule.coupled,
             rule.decoupled,
             rule.maximize,
+            criterion.reduction == "mean",
         )
         _native.train_mlp(
             MACHINES[self.machine], dtype == torch.float64, addresses, sizes, float(numbers["label_smoothing"])

@@ -4,13 +4,12 @@
 //     dW2 = dyᵀ h                 db2 = Σ dy               dh = dy W2 where not (h <= 0)
 //     dW1 = dhᵀ x                 db1 = Σ dh               then the optimizer's step (../adam.py) on each
 //
-// The same step as ../mlp_training.py, in the same order and with its names, by one thread. Every product below is
-// c[m, n] += Σ_k a[m, k] b[k, n] with n innermost in b and c: a number of a is multiplied with a vector of b, and no sum
-// is split among the lanes of a vector, so nothing is added up in an order that the compiler chooses. For the forward and
-// for dh, n is the row of the batch; so x, h, dh and dy lie as [features, batch]. For dW1 and dW2, n is the feature, and
-// x and h lie as [batch, features] beside them. Rows are padded to whole vectors: what stands in the padding is computed
-// and never read. Where each sum is added up does not depend on the batch around it, so the bits repeat on one machine;
-// machines with other vectors, or without a fused multiply-add, round differently.
+// The same step as ../mlp_training.py, in the same order and with its names, by one thread, to which the batch is one
+// tile. In the products (products.h) the innermost index n is the row of the batch for the forward and for dh; so x, h, dh
+// and dy lie as [features, batch]. For dW1 and dW2 it is the feature, and x and h lie as [batch, features] beside them.
+// Rows are padded to whole vectors: what stands in the padding is computed and never read. Where each sum is added up does
+// not depend on the batch around it, so the bits repeat on one machine; machines with other vectors, or without a fused
+// multiply-add, round differently.
 //
 // Whoever calls this has checked every shape, dtype, stride and pointer: fusednn/training/native.py does.
 
@@ -23,21 +22,11 @@
 #include <limits>
 #include <new>
 
-#if !defined(__GNUC__)
-#error "needs the vector types of GCC and Clang"  // without this file fusednn trains on CPUs as PyTorch does
-#endif
-#if !defined(__has_builtin)
-#define __has_builtin(name) 0  // GCC 9
-#endif
-#define INLINE inline __attribute__((always_inline))  // into the functions for each kind of machine, at the end
+#include "adam.h"
+#include "products.h"
 
 namespace {
 
-typedef int64_t Int;
-
-// The places in a row of the optimizer's table: fusednn/training/optimizers.py.
-enum { STEP_SIZE, DECAY, SHRINK, SIGN, MOMENTUM, UNDAMPED, ROOT = 4, EPS, GRAD_PART, SQUARE_KEPT, SQUARE_PART, ROW };
-enum Rule { ADAM, SGD, HEAVY_BALL, NESTEROV };  // fusednn/training/native.py has their names in this order
 enum { W1, B1, W2, B2, PARAMETERS };
 
 // What train_mlp of ../mlp_training.py is given.
@@ -51,167 +40,133 @@ struct Job {
     T *firsts[PARAMETERS], *seconds[PARAMETERS];  // the state of each, as far as the rule has one
     const T *table;            // [steps, PARAMETERS, ROW]
     T *losses, *accuracies;    // [steps]; the second or none
-    Int stride_xm, stride_xi, stride_t, I, H, O, batch, epoch_rows, position, steps, ignore_index, rule;
+    Int stride_xm, stride_xi, stride_t, I, H, O, batch, epoch_rows, position, steps, ignore_index;
+    Kind kind;
+    bool mean;
     double smoothing;
-    bool mean, coupled, decoupled, maximize;
 };
 
-// Zeroed memory that begins with a cache line.
-template <class T>
-struct Buffer {
-    T *p;
-    explicit Buffer(Int size) : p(static_cast<T *>(::operator new(size * sizeof(T), std::align_val_t(64)))) {
-        std::fill(p, p + size, T(0));
-    }
-    ~Buffer() { ::operator delete(p, std::align_val_t(64)); }
-    Buffer(const Buffer &) = delete;
-    Buffer &operator=(const Buffer &) = delete;
-    operator T *() const { return p; }
-};
-
-constexpr Int TILE_M = 4;               // rows of a whose sums are held in registers, two vectors each
-constexpr Int TILE_K = 256;             // so many rows of b, two vectors wide, stay in the L1 cache
 constexpr Int GRAD_M = 16, GRAD_N = 256;  // the part of dW that is computed and used at a time, in the L1 cache too
 
-// How far apart rows of n numbers lie: whole vectors, and not a power of two, whose rows share few lines of a cache.
+// What a step hands from one part to the next.
 template <class T, int BYTES>
-constexpr Int padded(Int n) {
-    constexpr Int lanes = 2 * BYTES / sizeof(T);
-    n = (n + lanes - 1) / lanes * lanes;
-    return n * sizeof(T) % 1024 ? n : n + lanes;
-}
+struct Buffers {
+    const Int stride_b, stride_i, stride_h;
+    Buffer<T> x, x_t;     // [batch, I] and [I, batch]
+    Buffer<T> h, h_t;     // [H, batch] and [batch, H]
+    Buffer<T> dh, dy;     // [H, batch] and [O, batch], where the logits come before
+    Buffer<T> dw, db;     // [GRAD_M, GRAD_N] and [H] or [O]
 
-// c[0:R, 0:2 vectors] += Σ_k a[:, k] b[k, :].
-template <class T, int BYTES, int R>
-INLINE void product_tile(T *c, Int stride_c, const T *a, Int stride_am, Int stride_ak, const T *b, Int stride_b, Int K) {
-    typedef T Vector __attribute__((vector_size(BYTES), aligned(sizeof(T)), may_alias));
-    constexpr Int LANES = BYTES / sizeof(T);
-    Vector acc[R][2];
-    for (int r = 0; r < R; ++r)
-        for (int i = 0; i < 2; ++i) acc[r][i] = *reinterpret_cast<const Vector *>(c + r * stride_c + i * LANES);
-    for (Int k = 0; k < K; ++k) {
-        const Vector b0 = *reinterpret_cast<const Vector *>(b + k * stride_b);
-        const Vector b1 = *reinterpret_cast<const Vector *>(b + k * stride_b + LANES);
-        for (int r = 0; r < R; ++r) {
-            const T scalar = a[r * stride_am + k * stride_ak];
-            acc[r][0] += scalar * b0;
-            acc[r][1] += scalar * b1;
-        }
-    }
-    for (int r = 0; r < R; ++r)
-        for (int i = 0; i < 2; ++i) *reinterpret_cast<Vector *>(c + r * stride_c + i * LANES) = acc[r][i];
-}
+    explicit Buffers(const Job<T> &job, Int batch)
+        : stride_b(padded<T, BYTES>(batch)), stride_i(padded<T, BYTES>(job.I)), stride_h(padded<T, BYTES>(job.H)),
+          x(batch * stride_i), x_t(job.I * stride_b), h(job.H * stride_b), h_t(batch * stride_h),
+          dh(job.H * stride_b), dy(job.O * stride_b), dw(GRAD_M * GRAD_N), db(std::max(job.H, job.O)) {}
+};
 
-// c[m, n] += Σ_k a[m, k] b[k, n], up to the whole vectors that hold n < N.
+// to = b + a W'ᵀ of W [M, K] and a [K, batch].
 template <class T, int BYTES>
-INLINE void product(
-    T *c, Int stride_c, const T *a, Int stride_am, Int stride_ak, const T *b, Int stride_b, Int M, Int N, Int K
-) {
-    constexpr Int LANES = 2 * BYTES / sizeof(T);
-    for (Int k = 0; k < K; k += TILE_K)
-        for (Int n = 0; n < N; n += LANES) {
-            const Int size = std::min(TILE_K, K - k);
-            const T *b_kn = b + k * stride_b + n;
-            Int m = 0;
-            for (; m + TILE_M <= M; m += TILE_M)
-                product_tile<T, BYTES, TILE_M>(
-                    c + m * stride_c + n, stride_c, a + m * stride_am + k * stride_ak, stride_am, stride_ak, b_kn,
-                    stride_b, size
-                );
-            for (; m + 2 <= M; m += 2)  // 10 outputs are 4, 4 and 2
-                product_tile<T, BYTES, 2>(
-                    c + m * stride_c + n, stride_c, a + m * stride_am + k * stride_ak, stride_am, stride_ak, b_kn,
-                    stride_b, size
-                );
-            for (; m < M; ++m)
-                product_tile<T, BYTES, 1>(
-                    c + m * stride_c + n, stride_c, a + m * stride_am + k * stride_ak, stride_am, stride_ak, b_kn,
-                    stride_b, size
-                );
-        }
+INLINE void linear(T *to, Int stride_b, const T *a, const T *w, const T *b, Int M, Int K, Int size) {
+    for (Int m = 0; m < M; ++m) std::fill_n(to + m * stride_b, stride_b, b ? b[m] : T(0));
+    product<T, BYTES>(to, stride_b, w, K, 1, a, stride_b, M, size, K);
 }
 
-// to[n, m] = from[m, n], by blocks of 4 x 4 as long as there are such.
+// h = relu(x W1ᵀ + b1) of the rows of a batch.
+template <class T, int BYTES>
+INLINE void hidden_tile(const Job<T> &job, const Int *rows, Buffers<T, BYTES> &to, Int size) {
+    const Int I = job.I, H = job.H;
+    for (Int b = 0; b < size; ++b)
+        for (Int i = 0; i < I; ++i) to.x[b * to.stride_i + i] = job.x[rows[b] * job.stride_xm + i * job.stride_xi];
+    transpose<T>(to.x_t, to.stride_b, to.x, to.stride_i, size, I);
+    linear<T, BYTES>(to.h, to.stride_b, to.x_t, job.weights[W1], job.weights[B1], H, I, size);
+    for (Int i = 0; i < H * to.stride_b; ++i) to.h[i] = to.h[i] <= 0 ? T(0) : to.h[i];  // NaN passes
+    transpose<T>(to.h_t, to.stride_h, to.h, to.stride_b, H, size);
+}
+
 template <class T>
-INLINE void transpose(T *__restrict to, Int stride_to, const T *__restrict from, Int stride_from, Int M, Int N) {
-    Int whole_m = 0, whole_n = 0;
-#if __has_builtin(__builtin_shufflevector)  // not in GCC 11
-    typedef T Vector __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
-    whole_m = M / 4 * 4, whole_n = N / 4 * 4;
-    for (Int m = 0; m < whole_m; m += 4)
-        for (Int n = 0; n < whole_n; n += 4) {
-            Vector row[4];
-            for (int i = 0; i < 4; ++i) row[i] = *reinterpret_cast<const Vector *>(from + (m + i) * stride_from + n);
-            const Vector even_l = __builtin_shufflevector(row[0], row[2], 0, 4, 1, 5);
-            const Vector even_r = __builtin_shufflevector(row[0], row[2], 2, 6, 3, 7);
-            const Vector odd_l = __builtin_shufflevector(row[1], row[3], 0, 4, 1, 5);
-            const Vector odd_r = __builtin_shufflevector(row[1], row[3], 2, 6, 3, 7);
-            row[0] = __builtin_shufflevector(even_l, odd_l, 0, 4, 1, 5);
-            row[1] = __builtin_shufflevector(even_l, odd_l, 2, 6, 3, 7);
-            row[2] = __builtin_shufflevector(even_r, odd_r, 0, 4, 1, 5);
-            row[3] = __builtin_shufflevector(even_r, odd_r, 2, 6, 3, 7);
-            for (int i = 0; i < 4; ++i) *reinterpret_cast<Vector *>(to + (n + i) * stride_to + m) = row[i];
-        }
-#endif
-    for (Int m = 0; m < M; ++m)
-        for (Int n = m < whole_m ? whole_n : 0; n < N; ++n) to[n * stride_to + m] = from[m * stride_from + n];
-}
+struct Sums {
+    T loss = 0, weight = 0, counted = 0, right = 0;
+};
 
-// Make the step on n numbers of w, whose gradient is g, and of their state m and v. Uses up g.
+// Of the logits of a row, y [O]: dy in their place, not yet divided for the mean; and the row's part of the sums.
 template <class T>
-INLINE void update(
-    const Job<T> &job, T *__restrict w, T *__restrict m, T *__restrict v, T *__restrict g, const T *row, Int n
-) {
-    if (job.maximize)
-        for (Int i = 0; i < n; ++i) g[i] *= row[SIGN];
-    if (job.coupled)
-        for (Int i = 0; i < n; ++i) g[i] += row[DECAY] * w[i];
-    if (job.decoupled)
-        for (Int i = 0; i < n; ++i) w[i] *= row[SHRINK];
-    const T step_size = row[STEP_SIZE];
-    if (job.rule == ADAM) {
-        const T root = row[ROOT], eps = row[EPS];
-        const T grad_part = row[GRAD_PART], square_kept = row[SQUARE_KEPT], square_part = row[SQUARE_PART];
-        for (Int i = 0; i < n; ++i) {
-            m[i] += grad_part * (g[i] - m[i]);
-            v[i] = square_kept * v[i] + square_part * g[i] * g[i];
-            w[i] -= step_size * (m[i] / (std::sqrt(v[i]) * root + eps));
-        }
-    } else if (job.rule == SGD) {
-        for (Int i = 0; i < n; ++i) w[i] -= step_size * g[i];
-    } else {
-        const T momentum = row[MOMENTUM], undamped = row[UNDAMPED];
-        for (Int i = 0; i < n; ++i) m[i] = momentum * m[i] + undamped * g[i];
-        if (job.rule == NESTEROV)
-            for (Int i = 0; i < n; ++i) w[i] -= step_size * (g[i] + momentum * m[i]);
-        else
-            for (Int i = 0; i < n; ++i) w[i] -= step_size * m[i];
+INLINE void loss_row(const Job<T> &job, Int label, T *y, Int stride_y, T all_weights, Sums<T> &sums) {
+    const Int O = job.O;
+    const bool ignored = label == job.ignore_index, known = label >= 0 && label < O;
+    if (ignored || !known) {
+        const T value = ignored ? T(0) : std::numeric_limits<T>::quiet_NaN();
+        for (Int o = 0; o < O; ++o) y[o * stride_y] = value;
+        sums.counted += ignored ? 0 : 1;
+        sums.loss += value;
+        return;
     }
+    Int first = 0;  // of the largest; NaN is larger than any
+    T largest = -std::numeric_limits<T>::infinity();
+    for (Int o = 0; o < O; ++o) {
+        const T value = y[o * stride_y], best = y[first * stride_y];
+        if (value > best || (std::isnan(value) && !std::isnan(best))) first = o;
+        largest = largest < value ? value : largest;
+    }
+    const auto weight_of = [&](Int o) { return job.class_weight ? job.class_weight[o] : T(1); };
+    const T weight = weight_of(label), kept = weight * T(1 - job.smoothing), share = T(job.smoothing / double(O));
+    const bool smoothed = job.smoothing > 0;
+    T loss = -kept * (y[label * stride_y] - largest), spread = 0, total = 0;
+    for (Int o = 0; o < O; ++o) {
+        const T shifted = y[o * stride_y] - largest;
+        if (smoothed) spread += weight_of(o) * shifted;
+        y[o * stride_y] = std::exp(shifted);
+        total += y[o * stride_y];
+    }
+    if (smoothed) loss -= share * spread;
+    const T mass = smoothed && job.class_weight ? kept + share * all_weights : weight, scale = mass / total;
+    for (Int o = 0; o < O; ++o) y[o * stride_y] = y[o * stride_y] * scale - (smoothed ? share * weight_of(o) : T(0));
+    y[label * stride_y] -= kept;
+    sums.loss += loss + mass * std::log(total);
+    sums.weight += weight;
+    sums.counted += 1;
+    sums.right += label == first;
 }
 
-// dW = dyᵀ x of dy [M, batch] and x [batch, N], a part at a time, and the step with it on parameter p.
+// h, dy and the sums over the rows of a batch.
 template <class T, int BYTES>
-INLINE void backward_weight(
+INLINE Sums<T> forward_tile(const Job<T> &job, const Int *rows, Buffers<T, BYTES> &to, Int size) {
+    hidden_tile<T, BYTES>(job, rows, to, size);
+    linear<T, BYTES>(to.dy, to.stride_b, to.h, job.weights[W2], job.weights[B2], job.O, job.H, size);
+    T all_weights = 0;
+    for (Int o = 0; o < job.O; ++o) all_weights += job.class_weight ? job.class_weight[o] : T(0);
+    Sums<T> sums;
+    for (Int b = 0; b < size; ++b)
+        loss_row<T>(job, job.targets[rows[b] * job.stride_t], to.dy + b, to.stride_b, all_weights, sums);
+    const T scale = job.mean && sums.counted > 0 ? 1 / sums.weight : T(1);  // no rows: no gradient
+    for (Int i = 0; i < job.O * to.stride_b; ++i) to.dy[i] *= scale;
+    return sums;
+}
+
+// Step on n numbers of parameter p from `offset` on, whose gradient is g.
+template <class T>
+INLINE void step_on(const Job<T> &job, int p, Int offset, T *g, Int n, const T *row) {
+    T *first = job.firsts[p] ? job.firsts[p] + offset : nullptr;
+    T *second = job.seconds[p] ? job.seconds[p] + offset : nullptr;
+    update(job.weights[p] + offset, first, second, g, n, row + p * ROW, job.kind);
+}
+
+// Step on weight p with dW = dyᵀ x of dy [M, batch] and x [batch, N], a part at a time.
+template <class T, int BYTES>
+INLINE void step_on_weight(
     const Job<T> &job, int p, const T *row, const T *dy, Int stride_dy, const T *x, Int stride_x, T *dw, Int M, Int N, Int size
 ) {
     for (Int m = 0; m < M; m += GRAD_M)
         for (Int n = 0; n < N; n += GRAD_N) {
             const Int rows = std::min(GRAD_M, M - m), columns = std::min(GRAD_N, N - n);
-            std::fill(dw, dw + rows * GRAD_N, T(0));
+            std::fill_n(dw, rows * GRAD_N, T(0));
             product<T, BYTES>(dw, GRAD_N, dy + m * stride_dy, stride_dy, 1, x + n, stride_x, rows, columns, size);
-            for (Int r = 0; r < rows; ++r) {
-                const Int offset = (m + r) * N + n;
-                T *first = job.firsts[p] ? job.firsts[p] + offset : nullptr;
-                T *second = job.seconds[p] ? job.seconds[p] + offset : nullptr;
-                update(job, job.weights[p] + offset, first, second, dw + r * GRAD_N, row + p * ROW, columns);
-            }
+            for (Int r = 0; r < rows; ++r) step_on(job, p, (m + r) * N + n, dw + r * GRAD_N, columns, row);
         }
 }
 
-// db = Σ dy of dy [M, batch], and the step with it on parameter p. Each of 8 lanes adds up every eighth row of the batch,
-// since an addition waits for the one before it.
+// Step on bias p with db = Σ dy of dy [M, batch]. Each of 8 lanes adds up every eighth row of the batch, since an addition
+// waits for the one before it.
 template <class T>
-INLINE void backward_bias(const Job<T> &job, int p, const T *row, const T *dy, Int stride_dy, T *db, Int M, Int size) {
+INLINE void step_on_bias(const Job<T> &job, int p, const T *row, const T *dy, Int stride_dy, T *db, Int M, Int size) {
     if (!job.weights[p]) return;
     for (Int m = 0; m < M; ++m, dy += stride_dy) {
         T sums[8] = {};
@@ -221,123 +176,42 @@ INLINE void backward_bias(const Job<T> &job, int p, const T *row, const T *dy, I
         for (; b < size; ++b) sums[b % 8] += dy[b];
         db[m] = ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
     }
-    update(job, job.weights[p], job.firsts[p], job.seconds[p], db, row + p * ROW, M);
+    step_on(job, p, 0, db, M, row);
 }
 
-template <class T>
-struct Sums {
-    T loss = 0, weight = 0, counted = 0, right = 0;
-};
+// dh = dy W2 where not (h <= 0); then step on W2 and b1.
+template <class T, int BYTES>
+INLINE void backward_output(const Job<T> &job, const T *row, Buffers<T, BYTES> &of, Int size) {
+    const Int H = job.H, O = job.O, stride_b = of.stride_b;
+    std::fill_n(of.dh.p, H * stride_b, T(0));
+    product<T, BYTES>(of.dh, stride_b, job.weights[W2], 1, H, of.dy, stride_b, H, size, O);
+    for (Int i = 0; i < H * stride_b; ++i) of.dh[i] = of.h[i] <= 0 ? T(0) : of.dh[i];
+    step_on_weight<T, BYTES>(job, W2, row, of.dy, stride_b, of.h_t, of.stride_h, of.dw, O, H, size);
+    step_on_bias<T>(job, B1, row, of.dh, stride_b, of.db, H, size);
+}
 
-// Of logits y [O, batch]: dy in their place, which is not yet divided for the mean, and the sums over the rows.
-template <class T>
-INLINE Sums<T> loss_rows(const Job<T> &job, const Int *rows, T *y, Int stride_y, T *largest, T *total, Int size) {
-    const Int O = job.O;
-    const bool smoothed = job.smoothing > 0;
-    const T share = T(job.smoothing / double(O));
-    Sums<T> sums;
-    if (job.accuracies)
-        for (Int b = 0; b < size; ++b) {
-            Int first = 0;  // the first of several; NaN is the largest
-            for (Int o = 1; o < O; ++o) {
-                const T value = y[o * stride_y + b], best = y[first * stride_y + b];
-                if (value > best || (std::isnan(value) && !std::isnan(best))) first = o;
-            }
-            const Int label = job.targets[rows[b] * job.stride_t];
-            sums.right += label != job.ignore_index && label == first;
-        }
-
-    std::fill(largest, largest + size, -std::numeric_limits<T>::infinity());
-    std::fill(total, total + size, T(0));
-    for (Int o = 0; o < O; ++o)
-        for (Int b = 0; b < size; ++b) largest[b] = largest[b] < y[o * stride_y + b] ? y[o * stride_y + b] : largest[b];
-    for (Int o = 0; o < O; ++o)
-        for (Int b = 0; b < size; ++b) y[o * stride_y + b] -= largest[b];  // shifted
-
-    for (Int b = 0; b < size; ++b) {  // the parts of the losses that are linear in the logits
-        const Int label = job.targets[rows[b] * job.stride_t];
-        largest[b] = 0;  // from here on the loss, and only of rows that count
-        if (label == job.ignore_index) continue;
-        sums.counted += 1;
-        if (label < 0 || label >= O) {
-            largest[b] = std::numeric_limits<T>::quiet_NaN();
-            continue;
-        }
-        const T weight = job.class_weight ? job.class_weight[label] : T(1);
-        sums.weight += weight;
-        largest[b] -= weight * T(1 - job.smoothing) * y[label * stride_y + b];
-        if (smoothed) {
-            T shifted = 0;
-            for (Int o = 0; o < O; ++o) shifted += (job.class_weight ? job.class_weight[o] : T(1)) * y[o * stride_y + b];
-            largest[b] -= share * shifted;
-        }
-    }
-
-    for (Int o = 0; o < O; ++o)
-        for (Int b = 0; b < size; ++b) y[o * stride_y + b] = std::exp(y[o * stride_y + b]);
-    for (Int o = 0; o < O; ++o)
-        for (Int b = 0; b < size; ++b) total[b] += y[o * stride_y + b];
-
-    T all_weights = 0;
-    for (Int o = 0; o < O; ++o) all_weights += job.class_weight ? job.class_weight[o] : T(0);
-    for (Int b = 0; b < size; ++b) {
-        const Int label = job.targets[rows[b] * job.stride_t];
-        if (label == job.ignore_index || label < 0 || label >= O) {
-            const T nothing = label == job.ignore_index ? T(0) : std::numeric_limits<T>::quiet_NaN();
-            for (Int o = 0; o < O; ++o) y[o * stride_y + b] = nothing;
-            sums.loss += largest[b];
-            continue;
-        }
-        const T weight = job.class_weight ? job.class_weight[label] : T(1), kept = weight * T(1 - job.smoothing);
-        const T mass = smoothed && job.class_weight ? kept + share * all_weights : weight;
-        sums.loss += largest[b] + mass * std::log(total[b]);
-        const T scale = mass / total[b];
-        for (Int o = 0; o < O; ++o) {
-            T &dy = y[o * stride_y + b];
-            dy = dy * scale - (smoothed ? share * (job.class_weight ? job.class_weight[o] : T(1)) : T(0));
-        }
-        y[label * stride_y + b] -= kept;
-    }
-    return sums;
+// Step on W1.
+template <class T, int BYTES>
+INLINE void backward_input(const Job<T> &job, const T *row, Buffers<T, BYTES> &of, Int size) {
+    step_on_weight<T, BYTES>(job, W1, row, of.dh, of.stride_b, of.x, of.stride_i, of.dw, job.H, job.I, size);
 }
 
 // job.steps steps, the first one job.position rows into an epoch.
 template <class T, int BYTES>
-INLINE void train(const Job<T> &job) {
-    const Int I = job.I, H = job.H, O = job.O, batch = std::max(Int(1), job.batch);
-    const Int stride_b = padded<T, BYTES>(batch), stride_i = padded<T, BYTES>(I), stride_h = padded<T, BYTES>(H);
-    Buffer<T> x(batch * stride_i), x_t(I * stride_b), h(H * stride_b), h_t(batch * stride_h), dh(H * stride_b);
-    Buffer<T> y(O * stride_b), dw(GRAD_M * GRAD_N), db(std::max(H, O)), largest(batch), total(batch);
+INLINE void mlp_training(const Job<T> &job) {
+    Buffers<T, BYTES> buffers(job, std::max(Int(1), job.batch));
     const Int *rows = job.order;
     Int position = job.position;
     for (Int step = 0; step < job.steps; ++step) {
         const Int size = std::min(job.batch, job.epoch_rows - position);
-        for (Int b = 0; b < size; ++b)
-            for (Int i = 0; i < I; ++i) x[b * stride_i + i] = job.x[rows[b] * job.stride_xm + i * job.stride_xi];
-        transpose<T>(x_t, stride_b, x, stride_i, size, I);
-
-        for (Int j = 0; j < H; ++j) std::fill_n(h + j * stride_b, stride_b, job.weights[B1] ? job.weights[B1][j] : T(0));
-        product<T, BYTES>(h, stride_b, job.weights[W1], I, 1, x_t, stride_b, H, size, I);
-        for (Int i = 0; i < H * stride_b; ++i) h[i] = h[i] <= 0 ? T(0) : h[i];  // NaN passes
-        transpose<T>(h_t, stride_h, h, stride_b, H, size);
-        for (Int o = 0; o < O; ++o) std::fill_n(y + o * stride_b, stride_b, job.weights[B2] ? job.weights[B2][o] : T(0));
-        product<T, BYTES>(y, stride_b, job.weights[W2], H, 1, h, stride_b, O, size, H);
-
-        const Sums<T> sums = loss_rows<T>(job, rows, y, stride_b, largest, total, size);
+        const Sums<T> sums = forward_tile<T, BYTES>(job, rows, buffers, size);
         job.losses[step] = job.mean ? sums.loss / sums.weight : sums.loss;
         if (job.accuracies) job.accuracies[step] = sums.right / sums.counted;
-        const T scale = job.mean && sums.counted > 0 ? 1 / sums.weight : T(1);  // no rows: no gradient
-        for (Int o = 0; o < O; ++o)
-            for (Int b = 0; b < size; ++b) y[o * stride_b + b] *= scale;  // dy
 
         const T *row = job.table + step * PARAMETERS * ROW;
-        std::fill_n(dh.p, H * stride_b, T(0));
-        product<T, BYTES>(dh, stride_b, job.weights[W2], 1, H, y, stride_b, H, size, O);
-        for (Int i = 0; i < H * stride_b; ++i) dh[i] = h[i] <= 0 ? T(0) : dh[i];
-        backward_weight<T, BYTES>(job, W2, row, y, stride_b, h_t, stride_h, dw, O, H, size);
-        backward_bias<T>(job, B1, row, dh, stride_b, db, H, size);
-        backward_weight<T, BYTES>(job, W1, row, dh, stride_b, x, stride_i, dw, H, I, size);
-        backward_bias<T>(job, B2, row, y, stride_b, db, O, size);
+        backward_output<T, BYTES>(job, row, buffers, size);
+        backward_input<T, BYTES>(job, row, buffers, size);
+        step_on_bias<T>(job, B2, row, buffers.dy, buffers.stride_b, buffers.db, job.O, size);
 
         rows += size;
         position = position + size >= job.epoch_rows ? 0 : position + size;
@@ -347,16 +221,16 @@ INLINE void train(const Job<T> &job) {
 // The same for each kind of machine. Flatten puts all of it into one function, compiled for that kind.
 template <class T>
 void train_plain(const Job<T> &job) {
-    train<T, 16>(job);
+    mlp_training<T, 16>(job);
 }
 #if defined(__x86_64__)
 template <class T>
 __attribute__((target("avx2,fma"), flatten)) void train_avx2(const Job<T> &job) {
-    train<T, 32>(job);
+    mlp_training<T, 32>(job);
 }
 template <class T>
 __attribute__((target("avx512f,avx512dq,avx512vl,avx2,fma"), flatten)) void train_avx512(const Job<T> &job) {
-    train<T, 64>(job);
+    mlp_training<T, 64>(job);
 }
 #endif
 
@@ -410,8 +284,8 @@ PyObject *run(Int machine, const Int *p, const Int *n, double smoothing) {
         {at<T>(p[8]), at<T>(p[9]), at<T>(p[10]), at<T>(p[11])},
         {at<T>(p[12]), at<T>(p[13]), at<T>(p[14]), at<T>(p[15])},
         at<T>(p[16]), at<T>(p[17]), at<T>(p[18]),
-        n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], smoothing,
-        n[12] != 0, n[13] != 0, n[14] != 0, n[15] != 0,
+        n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10],
+        {n[11], n[12] != 0, n[13] != 0, n[14] != 0}, n[15] != 0, smoothing,
     };
     bool done = true;
     Py_BEGIN_ALLOW_THREADS

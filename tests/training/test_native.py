@@ -160,8 +160,8 @@ def test_parameters_that_on_chunk_replaces_are_refused(change: Any) -> None:
         train_steps(model, optimizer, *data("cpu"), steps=4, chunk_steps=2, on_chunk=lambda done, losses: change(model))
 
 
-def test_ctrl_c_is_heard_soon() -> None:
-    """Within two chunks and what else the machine does; the steps before it are done, and no part of another."""
+def interrupted() -> float:
+    """How long Ctrl-C waits, in seconds; the steps before it are done, and no part of another."""
     x, targets = data("cpu", 1000, 256)
     model, told, sent, given = net("cpu", (256, 512, 10)), [0], [0.0], {"batch_size": 256, "shuffle": False}
     start = copy.deepcopy(model)
@@ -176,9 +176,19 @@ def test_ctrl_c_is_heard_soon() -> None:
             model, adam(model.parameters()), x, targets, steps=10**6,
             on_chunk=lambda done, losses: told.append(done), **given,
         )  # fmt: skip
-    assert time.monotonic() - sent[0] < 1.0
+    waited = time.monotonic() - sent[0]
+    assert told[-1] > 0
     train_steps(start, adam(start.parameters()), x, targets, steps=told[-1], **given)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True))
+    return waited
+
+
+def test_ctrl_c_is_heard_within_100_ms() -> None:
+    """The soonest of some times counts: the machine may have other things to do."""
+    waited = [interrupted()]
+    while waited[-1] >= 0.1 and len(waited) < 8:
+        waited.append(interrupted())
+    assert min(waited) < 0.1, waited
 
 
 def test_other_threads_run_meanwhile() -> None:

@@ -23,9 +23,6 @@ except ImportError:  # there was no compiler when fusednn was installed
 MACHINES: dict[str, int] = {} if _native is None else _native.machines()
 """The kinds of machine that this one is, of those that there is code for; the last is the best."""
 
-TRIED = ("AVX2", "plain")
-"""The kinds whose code has run, the best first. That for AVX-512 compiles, and no machine of ours has it."""
-
 RULES = ("adam", "sgd", "momentum", "nesterov")
 """The rules of the optimizers, as the C++ code counts them."""
 
@@ -36,7 +33,7 @@ FIRST_CHUNK = 2**25
 class Native(Chunks):
     """Runs a job in calls of the C++ code for `machine`, one of MACHINES."""
 
-    machine = next((name for name in TRIED if name in MACHINES), "none")
+    machine = next(reversed(MACHINES), "none")
 
     def __init__(self, job: Job, net: Net) -> None:
         super().__init__(job, net, FIRST_CHUNK)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fusednn import Linear, LinearReLU, SimpleNN, fuse, reference
+from fusednn.training import nets
 from fusednn.training.nets import Net, find_net, find_pure
 
 
@@ -81,6 +82,23 @@ def test_found(name: str) -> None:
     x = torch.randn(6, 4)
     expected = F.linear(torch.relu(F.linear(x, net.w1, net.b1)), net.w2, net.b2)
     torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("make", [SimpleNN, lambda *sizes: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), Linear(5, 3))])
+def test_what_is_found_at_sight_is_what_torch_fx_finds(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And it is not looked for where somebody changed the class."""
+    model = make(4, 5, 3)
+    monkeypatch.setattr(nets, "_trace", None)
+    found = find_net(model)
+    monkeypatch.undo()
+    monkeypatch.setattr(nets, "_FORWARDS", {})
+    traced = find_net(model)
+    assert isinstance(found, Net)
+    assert isinstance(traced, Net)
+    assert all(a is b for a, b in zip(found, traced, strict=True))
+    monkeypatch.undo()
+    monkeypatch.setattr(type(model), "forward", lambda self, x: x)
+    assert find_net(model) == "the model is not Linear, ReLU, Linear"
 
 
 class Shortcut(Custom):

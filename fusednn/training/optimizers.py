@@ -126,16 +126,22 @@ class KernelOptimizer:
         They are fewer where the schedule raises an error, which `error` keeps. Nothing waits for a device: a learning
         rate or a step count that lies there is worked with there.
         """
-        groups = self.optimizer.param_groups  # in torch.optim's order, in which state_dict too lists the states
-        fresh = {id(held) for group in groups for held in group["params"] if self._make_state(held, group)}
-        history = self._advance_schedule(steps)
+        groups = [group for group in self.optimizer.param_groups if group["params"]]
+        # in torch.optim's order, in which state_dict too lists the states
+        fresh = {id(held): self._make_state(held, group) for group in groups for held in group["params"]}
+        place = {id(held): g for g, group in enumerate(groups) for held in group["params"]}
+        history = self._advance_schedule(groups, steps)
         steps = steps if self.schedule is None else len(history)
-        tables = [
-            torch.zeros(steps, ROW, dtype=torch.float64, device="cpu")
-            if parameter is None
-            else self._table(parameter, [options[p] for options in history], steps, id(parameter) in fresh)
-            for p, parameter in enumerate(self.parameters)
-        ]
+        made: dict[Any, Tensor] = {None: torch.zeros(steps, ROW, dtype=torch.float64, device="cpu")}
+        tables = []
+        for parameter in self.parameters:
+            key = None
+            if parameter is not None:
+                count, g = self._count(parameter), place[id(parameter)]
+                key = (g, fresh[id(parameter)], float(count) if count.is_cpu else id(count))
+                if key not in made:
+                    made[key] = self._table(count, [options[g] for options in history], steps, fresh[id(parameter)])
+            tables.append(made[key])
         model = next(parameter for parameter in self.parameters if parameter is not None)
         device = next((table.device for table in tables if not table.is_cpu), tables[0].device)
         table = torch.stack([_sent(table, device) for table in tables], dim=1).to(model.dtype)
@@ -162,22 +168,25 @@ class KernelOptimizer:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         return fresh
 
-    def _advance_schedule(self, steps: int) -> list[list[dict[str, Any]]]:
-        """The options of each parameter at each step, or once where no schedule changes them."""
+    def _advance_schedule(self, groups: list[dict[str, Any]], steps: int) -> list[list[dict[str, Any]]]:
+        """The options of each group at each step, or once where no schedule changes them."""
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # else a scheduler warns that no step was made
-        of = {id(held): group for group in self.optimizer.param_groups for held in group["params"]}
-        groups = [of.get(id(parameter), {}) for parameter in self.parameters]
         if self.schedule is None:
             return [groups]
         history = []
         for _ in range(steps):
-            history.append([{**group, "lr": _copied(group["lr"])} if group else group for group in groups])
+            history.append([{**group, "lr": _copied(group["lr"])} for group in groups])
             try:
                 self.schedule.step()
             except Exception as error:  # OneCycleLR's, say, when it is at its end
                 self.error = error
                 break
         return history
+
+    def _count(self, parameter: Tensor) -> Tensor:
+        """How many steps `parameter` has made, where the optimizer counts them."""
+        count: Tensor = self.optimizer.state[parameter]["step"] if self.is_adam else torch.zeros((), device="cpu")
+        return count
 
     def count(self, steps: int) -> None:
         """Count so many steps in the optimizer's state: they are launched."""
@@ -191,9 +200,8 @@ class KernelOptimizer:
         if self.error is not None:
             raise self.error
 
-    def _table(self, parameter: Tensor, options: list[dict[str, Any]], steps: int, fresh: bool) -> Tensor:
-        """The rows of `parameter`, [steps, ROW], float64, where its learning rate or step count lies."""
-        count = self.optimizer.state[parameter]["step"] if self.is_adam else torch.zeros(())
+    def _table(self, count: Tensor, options: list[dict[str, Any]], steps: int, fresh: bool) -> Tensor:
+        """The rows of a parameter that made `count` steps, [steps, ROW], float64, where learning rate or count lies."""
         places = [count, *(group["lr"] for group in options if isinstance(group["lr"], Tensor))]
         device = next((place.device for place in places if not place.is_cpu), torch.device("cpu"))
 
@@ -221,7 +229,7 @@ class KernelOptimizer:
         return table
 
     def _rule(self, history: list[list[dict[str, Any]]]) -> Rule:
-        groups = [group for options in history for group in options if group]
+        groups = [group for options in history for group in options]
         decays = any(group["weight_decay"] != 0 for group in groups)
         decoupled = self.is_adam and groups[0]["decoupled_weight_decay"]
         name = "adam" if self.is_adam else "sgd" if groups[0]["momentum"] == 0 else "momentum"

@@ -19,12 +19,14 @@ MOST_CLASSES, MOST_ROWS, MOST_WORK = 128, 512, 2**25
 """What one program serves: outputs, rows of a batch, and products in a forward (batch · weights). Beyond, many programs
 do better. Unmeasured."""
 
-MOST_NATIVE_PRODUCTS = 2**27
-"""Products in a step, counted as in `products_of`, above which PyTorch's loop is quicker than the native one.
+MOST_NATIVE_PRODUCTS = (2**27, 2**26)
+"""Products in a step, counted as in `products_of`, above which PyTorch's loop, on one thread and on several, is quicker
+than the native one, which has one.
 
-Measured by bench/bench_native.py on an AMD EPYC with AVX2, torch 2.13, one thread, float32. Of native's time the loop
-with fused Adam takes 2.9 at 9.8e6 products, 1.7 at 784-512-10 with batch 32 (3.9e7), 1.3 at 7.8e7, 1.05 to 1.1 at 1.6e8
-and 0.9 at 6.2e8. Unmeasured with AVX-512 and on Arm."""
+Measured by bench/bench_native.py on an AMD EPYC with AVX2, torch 2.13, float32. Of native's time the loop with fused
+Adam, on one thread and on two, takes 3.1 and 3.0 at 9.8e6 products, 1.8 and 1.4 at 784-512-10 with batch 32 (3.9e7),
+1.5 and 1.1 at 7.8e7, 1.1 to 1.2 and 0.8 to 1.1 at 1.6e8, and 0.9 and 0.8 at 6.2e8. Unmeasured on more threads, with
+AVX-512 and on Arm."""
 
 
 class Choice(NamedTuple):
@@ -120,7 +122,7 @@ def _against_net(job: Job, net: Net) -> str | None:
     if job.inputs.dim() != 2 or job.inputs.shape[1] != net.sizes[0]:
         return f"the inputs are {list(job.inputs.shape)}, and the net is {net}"
     if on_plain_cpu(job.inputs):
-        if products_of(job, net) > MOST_NATIVE_PRODUCTS:
+        if products_of(job, net) > MOST_NATIVE_PRODUCTS[torch.get_num_threads() > 1]:
             return f"{net} with batches of {rows} is so large that PyTorch's own products are quicker"
         return None
     if net.sizes[2] > MOST_CLASSES or rows > MOST_ROWS or rows * weights > MOST_WORK:

@@ -21,6 +21,7 @@ from torch import nn
 
 import fusednn
 from fusednn import reference, train_steps
+from fusednn.training import plan
 from fusednn.training.native import MACHINES, Native
 
 from .conftest import serve_natively
@@ -213,9 +214,7 @@ import sys, torch
 if sys.argv[1] == "unbuilt":
     sys.modules["fusednn._native"] = None
 import fusednn
-from fusednn.training import plan
-hidden = 16 if sys.argv[1] != "large" else plan.MOST_NATIVE_PRODUCTS // (3 * 32 * 20) + 1
-model = torch.nn.Sequential(torch.nn.Linear(10, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, 10))
+model = torch.nn.Sequential(torch.nn.Linear(10, 16), torch.nn.ReLU(), torch.nn.Linear(16, 10))
 x, targets = torch.randn(64, 10), torch.randint(10, (64,))
 optimizer = torch.optim.SGD(model.parameters())
 decision = fusednn.explain(fusednn.train_steps, model, optimizer, x, targets, steps=2)[0]
@@ -228,7 +227,6 @@ print(decision, "fusednn.kernels.launch" in sys.modules)
     [
         ("plain", f"train_steps: native ({Native.machine}, torch.float32, 10-16-10, batch 32) False"),
         ("unbuilt", "train_steps: looped (the native engine was not built)"),
-        ("large", "is so large that PyTorch's own products are quicker)"),
     ],
 )
 def test_who_serves_a_plain_cpu(case: str, answer: str) -> None:
@@ -239,6 +237,20 @@ def test_who_serves_a_plain_cpu(case: str, answer: str) -> None:
         [sys.executable, "-c", ASK, case], env=environment, capture_output=True, text=True, check=False
     )
     assert answer in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_large_net_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    """Sooner where PyTorch has more than one thread."""
+    monkeypatch.undo()
+    monkeypatch.setattr(plan, "on_plain_cpu", lambda x: x.is_cpu)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    most = plan.MOST_NATIVE_PRODUCTS[threads - 1] // (3 * 32 * 20)
+    for hidden, engine in ((most, "native"), (most + 1, "looped")):
+        model = net("cpu", (10, hidden, 10))
+        decision = fusednn.explain(train_steps, model, adam(model.parameters()), *data("cpu", 32, 10), steps=1)[0]
+        assert decision.implementation == engine
+        assert ("PyTorch's own products are quicker" in decision.reason) == (engine == "looped")
 
 
 def test_the_interpreter_keeps_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from .. import train_steps
@@ -44,7 +44,6 @@ def fit(
         losses = train_steps(
             model, optimizer, inputs, targets, batch_size=batch_size, epochs=1, generator=generator, criterion=criterion
         )
-        assert isinstance(losses, Tensor)  # a pair only if the accuracy is asked for
         # Read once an epoch: reading each loss would make an accelerator wait for every step.
         *whole, last = losses.tolist()
         left = len(inputs) - batch_size * len(whole)  # the images of the last batch

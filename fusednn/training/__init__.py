@@ -1,7 +1,7 @@
 """train_steps: the textbook training loop as one call."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -18,8 +18,43 @@ from .plan import against_change, choose
 __all__ = ["train_steps"]
 
 
+class Options(TypedDict, total=False):
+    """The keywords of :func:`train_steps` that do not change the type of what it returns."""
+
+    batch_size: int
+    epochs: int | None
+    steps: int | None
+    shuffle: bool
+    drop_last: bool
+    generator: torch.Generator | None
+    order: str
+    seed: int | None
+    criterion: Callable[[Tensor, Tensor], Tensor] | None
+    lr_schedule: Any
+    on_chunk: Callable[[int, Tensor], object] | None
+    chunk_steps: int | None
+
+
+Model = Callable[[Tensor], Tensor]
+
+
+@overload
 def train_steps(
-    model: Callable[[Tensor], Tensor],
+    model: Model, optimizer: Optimizer, inputs: Tensor, targets: Tensor, *, return_accuracy: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Tensor: ...  # fmt: skip
+@overload
+def train_steps(
+    model: Model, optimizer: Optimizer, inputs: Tensor, targets: Tensor, *, return_accuracy: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def train_steps(
+    model: Model, optimizer: Optimizer, inputs: Tensor, targets: Tensor, *, return_accuracy: bool,
+    **options: Unpack[Options],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+def train_steps(
+    model: Model,
     optimizer: Optimizer,
     inputs: Tensor,
     targets: Tensor,

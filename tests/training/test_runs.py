@@ -1,6 +1,7 @@
 """on_chunk, Ctrl-C and errors: whatever ends a run, whole steps are done, those that on_chunk was told of."""
 
 import copy
+import inspect
 import os
 import signal
 import threading
@@ -14,7 +15,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from fusednn import reference, train_steps
 from fusednn.kernels import mlp_training
-from fusednn.training import captured, looped, nets, pacing
+from fusednn.training import Options, captured, looped, nets, pacing
 from fusednn.training.job import check
 
 from .runs import adam, data, net
@@ -385,3 +386,9 @@ def test_captured_on_a_gpu() -> None:
             losses = train_steps(model, optimizer, x, targets, epochs=5, generator=generator)
         results.append([losses, *model.parameters()])
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
+def test_the_overloads_know_every_keyword() -> None:
+    parameters = inspect.signature(train_steps).parameters.values()
+    keywords = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+    assert keywords == {*Options.__annotations__, "return_accuracy"}

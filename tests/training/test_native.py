@@ -130,6 +130,18 @@ def test_special_numbers(value: float) -> None:
     assert_alike(ours, theirs)
 
 
+def test_a_logit_of_nan_is_the_largest() -> None:
+    """As torch.argmax has it, also behind others and before others."""
+    x, targets = data("cpu")
+    model = net("cpu")
+    with torch.no_grad():
+        model[2].bias[torch.tensor([4, 7])] = float("nan")
+    given: dict[str, Any] = {"steps": 1, "batch_size": len(x)}
+    ours, theirs = (train(loop, model, x, targets, **given) for loop in (train_steps, reference.train_steps))
+    assert 0 < theirs.accuracies < 1
+    assert torch.equal(ours.accuracies, theirs.accuracies)
+
+
 def test_class_weights_of_zero() -> None:
     """A batch that weighs nothing has a loss of 0 / 0, as in PyTorch."""
     x, targets = data("cpu")

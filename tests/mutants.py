@@ -144,6 +144,7 @@ MUTANTS = [
         ("mean of one program", "tl.sum(loss) / total, True", "tl.sum(loss), True"),
         ("place of a sum", "tl.store(loss_ptr + tl.program_id(0), tl.sum(loss))", "tl.store(loss_ptr, tl.sum(loss))"),
     ),
+    *of(CROSS_ENTROPY, "divisor", ("zero by zero", 'tl.where(total == 0, float("nan"), total)', "total")),
     *of(
         CROSS_ENTROPY,
         "finish_losses",
@@ -400,6 +401,7 @@ MUTANTS = [
         "forward_tile",
         ("stride of the targets", "job.targets[rows[b] * job.stride_t]", "job.targets[rows[b]]"),
         ("no rows, no gradient", "job.mean && sums.counted > 0", "job.mean"),
+        ("zero by zero", "if (sums.weight == 0)", "if (false)"),
     ),
     *in_native(NATIVE, "step_on", ("row of the parameter", "row + p * ROW", "row")),
     *in_native(

@@ -91,6 +91,7 @@ def _forward(
     if reduction == "sum":
         return losses.sum(), *grads, losses.new_ones(())
     total = module.weigh_labels(labels, weight, w.shape[0], ignore_index, losses.dtype)
+    total = total.masked_fill(total == 0, float("nan"))  # 0 / 0 in PyTorch, whatever smoothing adds to it
     # the gradients of no rows are zero, not 0 / 0
     return losses.sum() / total, *grads, total.masked_fill((labels == ignore_index).all(), 1.0)
 

@@ -136,7 +136,8 @@ INLINE Sums<T> forward_tile(const Job<T> &job, const Int *rows, Buffers<T, BYTES
     Sums<T> sums;
     for (Int b = 0; b < size; ++b)
         loss_row<T>(job, job.targets[rows[b] * job.stride_t], to.dy + b, to.stride_b, all_weights, sums);
-    const T scale = job.mean && sums.counted > 0 ? 1 / sums.weight : T(1);  // no rows: no gradient
+    if (sums.weight == 0) sums.weight = std::numeric_limits<T>::quiet_NaN();  // 0 / 0, whatever smoothing adds
+    const T scale = job.mean && sums.counted > 0 ? 1 / sums.weight : T(1);    // no rows: no gradient
     for (Int i = 0; i < job.O * to.stride_b; ++i) to.dy[i] *= scale;
     return sums;
 }

@@ -247,6 +247,22 @@ def test_all_rows_ignored(reduction: str, device: str) -> None:
         assert torch.equal(torch.autograd.grad(grad.sum(), x)[0], torch.zeros_like(x))
 
 
+@EACH_REDUCTION
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("rows", [4, 600])  # one program, and several
+def test_labels_that_weigh_nothing(rows: int, label_smoothing: float, reduction: str, device: str) -> None:
+    """The mean and its gradients are 0 / 0, also where smoothing adds what is not 0; an ignored row's are 0."""
+    x = torch.randn(rows, 3, device=device, requires_grad=True)
+    target, weight = torch.ones(rows, dtype=torch.int64, device=device), torch.tensor([1.0, 0.0, 2.0], device=device)
+    target[0] = -100
+    given = {"weight": weight, "reduction": reduction, "label_smoothing": label_smoothing}
+    ours, theirs = (f(x, target, **given) for f in (functional.cross_entropy, F.cross_entropy))
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+    for scale in (1.0, 3.0):
+        right, grad = (torch.autograd.grad(loss.sum() * scale, x, retain_graph=True)[0] for loss in (theirs, ours))
+        torch.testing.assert_close(grad, right, equal_nan=True)
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @EACH_REDUCTION
 def test_labels_out_of_range(reduction: str, compiled: bool, device: str) -> None:

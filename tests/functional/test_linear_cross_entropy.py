@@ -99,6 +99,19 @@ def test_no_bias_and_no_batch(case: str, device: str) -> None:
 
 
 @EACH_REDUCTION
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_labels_that_weigh_nothing(label_smoothing: float, reduction: str, device: str) -> None:
+    """The mean and its gradients are 0 / 0."""
+    (x, w, b), labels, _ = problem("plain", device)
+    weight = torch.ones(w.shape[0], dtype=w.dtype, device=device)
+    weight[1] = 0.0
+    given = {"linear_bias": b, "weight": weight, "reduction": reduction, "label_smoothing": label_smoothing}
+    both = [f(x, w, torch.ones_like(labels), **given) for f in (functional.linear_cross_entropy, composed)]
+    torch.testing.assert_close(*both, equal_nan=True)
+    torch.testing.assert_close(*(torch.autograd.grad(loss.sum(), (x, w, b)) for loss in both), equal_nan=True)
+
+
+@EACH_REDUCTION
 def test_all_rows_ignored(reduction: str, device: str) -> None:
     """NaN for the mean, but zero gradients, not NaN ones."""
     (x, w, b), labels, _ = problem("plain", device)

@@ -142,17 +142,6 @@ def test_a_logit_of_nan_is_the_largest() -> None:
     assert torch.equal(ours.accuracies, theirs.accuracies)
 
 
-def test_class_weights_of_zero() -> None:
-    """A batch that weighs nothing has a loss of 0 / 0, as in PyTorch."""
-    x, targets = data("cpu")
-    targets[:8] = 3
-    weight = torch.ones(10)
-    weight[3] = 0.0
-    given: dict[str, Any] = {"steps": 2, "batch_size": 8, "shuffle": False, "criterion": nn.CrossEntropyLoss(weight)}
-    ours, theirs = (train(loop, net("cpu"), x, targets, **given) for loop in (train_steps, reference.train_steps))
-    assert_alike(ours, theirs)
-
-
 def test_a_label_that_on_chunk_makes_wrong_is_nan() -> None:
     """It is read nowhere out of bounds."""
     x, targets = data("cpu")

@@ -207,6 +207,19 @@ def test_empty_data(device: str, engine: str) -> None:
     compare(model, device, engine=engine, on=(x[:0], targets[:0]), epochs=3)
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+def test_a_batch_that_weighs_nothing(label_smoothing: float, device: str) -> None:
+    """Its loss is 0 / 0, as in PyTorch, and all parameters are NaN after it; with a sum it is like any other."""
+    x, targets = data(device)
+    targets[8:16] = 3
+    weight = torch.ones(OUTPUTS, device=device)
+    weight[3] = 0.0
+    for reduction in ("mean", "sum"):
+        criterion = nn.CrossEntropyLoss(weight, label_smoothing=label_smoothing, reduction=reduction)
+        given = {"steps": 2, "batch_size": 8, "shuffle": False, "criterion": criterion, "make": OPTIMIZERS["SGD"]}
+        compare(net(device), device, on=(x, targets), **given)
+
+
 def test_data_smaller_than_a_batch_that_must_be_full(device: str) -> None:
     ours = train(train_steps, net(device), *data(device), batch_size=64, drop_last=True, epochs=3)
     assert ours.losses.shape == (0,)

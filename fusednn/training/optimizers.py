@@ -61,6 +61,8 @@ def refusal(optimizer: Optimizer, parameters: list[Tensor], schedule: Any) -> st
     for option in ("amsgrad", "differentiable"):
         if any(group.get(option) for group in groups):
             return f"no kernel for the option {option}"
+    if parameters[0].is_cpu and any(group.get("capturable") for group in groups):
+        return "capturable on a CPU, which torch.optim does not do"
     if any(
         isinstance(value, Tensor) for group in groups for key, value in group.items() if key not in ("lr", "initial_lr")
     ):

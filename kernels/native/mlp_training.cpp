@@ -9,7 +9,7 @@
 // and dy lie as [features, batch]. For dW1 and dW2 it is the feature, and x and h lie as [batch, features] beside them.
 // Rows are padded to whole vectors: what stands in the padding is computed and never read. Where each sum is added up does
 // not depend on the batch around it, so the bits repeat on one machine; machines with other vectors, or without a fused
-// multiply-add, round differently.
+// multiply-add, may round differently.
 //
 // Whoever calls this has checked every shape, dtype, stride and pointer: fusednn/training/native.py does.
 

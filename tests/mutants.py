@@ -434,7 +434,7 @@ MUTANTS = [
 TESTS = {
     LINEAR: ["tests/kernels/test_linear.py", "tests/functional/test_linear.py"],
     LAUNCH: ["tests/kernels/test_launch.py"],
-    CROSS_ENTROPY: ["tests/kernels/test_cross_entropy.py"],
+    CROSS_ENTROPY: ["tests/kernels/test_cross_entropy.py", "tests/functional/test_cross_entropy.py"],
     LAUNCHER: ["tests/kernels/test_cross_entropy.py"],
     NUMERICS: ["tests/kernels/test_numerics.py", "tests/kernels"],
     TRAINING: ["tests/kernels/test_mlp_training.py"],

@@ -47,13 +47,14 @@ mutants: $(READY)  ## break each kernel on purpose; fails if the tests let one b
 	$(BIN)/python -m tests.mutants
 
 SANITIZED := build/sanitized
+SANITIZE := -g -fsanitize=address,undefined -fno-sanitize-recover=all
 PRELOAD = $(shell $(CC) -print-file-name=libasan.so):$(shell $(CC) -print-file-name=libubsan.so)
 
 sanitize: $(READY)  ## the native engine under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
 	cp -RP fusednn kernels tests setup.py pyproject.toml README.md LICENSE $(SANITIZED)
 	rm -f $(SANITIZED)/fusednn/_native*
-	cd $(SANITIZED) && CFLAGS="-g -fsanitize=address,undefined -fno-sanitize-recover=all" \
+	cd $(SANITIZED) && CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" \
 		$(abspath $(BIN))/python setup.py --quiet build_ext --inplace
 	grep -q __asan_init $(SANITIZED)/fusednn/_native*
 	cd $(SANITIZED) && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(PRELOAD)" \

@@ -324,7 +324,8 @@ def test_the_captured_loop(monkeypatch: pytest.MonkeyPatch, momentum: float, arg
         layers = nn.Linear(20, 24), nn.GELU(), nn.LayerNorm(24), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 10)
         model = nn.Sequential(*layers)
         make = torch.optim.SGD if momentum else torch.optim.AdamW
-        optimizer = make(model.parameters(), lr=0.01, weight_decay=0.1, **({"momentum": momentum} if momentum else {}))
+        groups = [{"params": layers[0].parameters()}, {"params": nn.Sequential(*layers[1:]).parameters(), "lr": 0.03}]
+        optimizer = make(groups, lr=0.01, weight_decay=0.1, **({"momentum": momentum} if momentum else {}))
         given: dict[str, Any] = {
             "generator": torch.Generator().manual_seed(3), "criterion": nn.CrossEntropyLoss(label_smoothing=0.1),
             "lr_schedule": torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.5), "return_accuracy": True,

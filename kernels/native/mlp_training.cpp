@@ -32,14 +32,14 @@ enum { W1, B1, W2, B2, PARAMETERS };
 // What train_mlp of ../mlp_training.py is given.
 template <class T>
 struct Job {
-    const T *x;                // [rows, I], any strides
-    const Int *targets;        // [rows], any stride
-    const Int *order;          // the rows of the steps, one after the other
-    const T *class_weight;     // [O], or none
-    T *weights[PARAMETERS];    // W1 [H, I], b1 [H] or none, W2 [O, H], b2 [O] or none
+    const T *x;              // [rows, I], any strides
+    const Int *targets;      // [rows], any stride
+    const Int *order;        // the rows of the steps, one after the other
+    const T *class_weight;   // [O], or none
+    T *weights[PARAMETERS];  // W1 [H, I], b1 [H] or none, W2 [O, H], b2 [O] or none
     T *firsts[PARAMETERS], *seconds[PARAMETERS];  // the state of each, as far as the rule has one
-    const T *table;            // [steps, PARAMETERS, ROW]
-    T *losses, *accuracies;    // [steps]; the second or none
+    const T *table;          // [steps, PARAMETERS, ROW]
+    T *losses, *accuracies;  // [steps]; the second or none
     Int stride_xm, stride_xi, stride_t, I, H, O, batch, epoch_rows, position, steps, ignore_index;
     Kind kind;
     bool mean;
@@ -52,18 +52,18 @@ constexpr Int GRAD_M = 16, GRAD_N = 256;  // the part of dW that is computed and
 template <class T, int BYTES>
 struct Buffers {
     const Int stride_b, stride_i, stride_h;
-    Buffer<T> x, x_t;     // [batch, I] and [I, batch]
-    Buffer<T> h, h_t;     // [H, batch] and [batch, H]
-    Buffer<T> dh, dy;     // [H, batch] and [O, batch], where the logits come before
-    Buffer<T> dw, db;     // [GRAD_M, GRAD_N] and [H] or [O]
+    Buffer<T> x, x_t;  // [batch, I] and [I, batch]
+    Buffer<T> h, h_t;  // [H, batch] and [batch, H]
+    Buffer<T> dh, dy;  // [H, batch] and [O, batch]; the logits come in the place of dy
+    Buffer<T> dw, db;  // [GRAD_M, GRAD_N], and [H] or [O]
 
-    explicit Buffers(const Job<T> &job, Int batch)
+    Buffers(const Job<T> &job, Int batch)
         : stride_b(padded<T, BYTES>(batch)), stride_i(padded<T, BYTES>(job.I)), stride_h(padded<T, BYTES>(job.H)),
           x(batch * stride_i), x_t(job.I * stride_b), h(job.H * stride_b), h_t(batch * stride_h),
           dh(job.H * stride_b), dy(job.O * stride_b), dw(GRAD_M * GRAD_N), db(std::max(job.H, job.O)) {}
 };
 
-// to = b + a W'ᵀ of W [M, K] and a [K, batch].
+// to [M, batch] = W a + b of W [M, K], a [K, batch] and b [M] or none.
 template <class T, int BYTES>
 INLINE void linear(T *to, Int stride_b, const T *a, const T *w, const T *b, Int M, Int K, Int size) {
     for (Int m = 0; m < M; ++m) std::fill_n(to + m * stride_b, stride_b, b ? b[m] : T(0));

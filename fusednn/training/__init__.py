@@ -13,7 +13,7 @@ from .interrupts import Interrupts
 from .job import Job, check, whole
 from .looped import Looped
 from .native import Native
-from .plan import against_change, choose
+from .plan import Choice, against_change, choose
 
 __all__ = ["train_steps"]
 
@@ -138,9 +138,8 @@ def train_steps(
         engine = Captured(job, choice.captured)
     else:
         engine = Looped(job)
-    kept = choice.net.parameters if choice.net is not None else choice.captured
     try:
-        _run(engine, job, kept, on_chunk, chunk_steps)
+        _run(engine, job, choice, on_chunk, chunk_steps)
     finally:
         optimizer.zero_grad()
     traces = [torch.cat(trace) if trace else inputs.new_empty(0) for trace in (engine.losses, engine.accuracies)]
@@ -148,14 +147,10 @@ def train_steps(
 
 
 def _run(
-    engine: Any, job: Job, kept: list[Tensor] | None, on_chunk: Callable[[int, Tensor], object] | None,
-    chunk_steps: int | None,
-) -> None:  # fmt: skip
-    """Let `engine` make the steps of `job`, and tell `on_chunk` of them; also of those before an error, which goes on.
-
-    `kept` are the parameters that its kernels write.
-    """
-    steps = job.steps
+    engine: Any, job: Job, choice: Choice, on_chunk: Callable[[int, Tensor], object] | None, chunk_steps: int | None
+) -> None:
+    """Let `engine` make the steps of `job`, and tell `on_chunk` of them, also of those before an error."""
+    steps, has_kernels = job.steps, choice.net is not None or choice.captured is not None
     told = 0  # how many of the engine's pieces of losses on_chunk has seen
 
     def tell() -> bool:
@@ -181,7 +176,8 @@ def _run(
             due = chunk_steps is None or engine.done % chunk_steps == 0 or engine.done == steps
             if due and not tell():
                 return
-            if due and on_chunk is not None and kept is not None and (reason := against_change(job, kept)):
+            changeable = due and on_chunk is not None and has_kernels and engine.done < steps
+            if changeable and (reason := against_change(job, choice)):
                 raise RuntimeError(f"on_chunk changed what is trained, {reason}: call train_steps for the steps left")
     except BaseException:
         tell()

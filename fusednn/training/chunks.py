@@ -24,6 +24,7 @@ class Chunks:
         """`first` is how many products the first chunk may have, which nobody has timed yet."""
         check_range(job.targets, net.sizes[2], job.criterion.ignore_index)
         self.job, self.net, self.rows, self.done = job, net, Rows(job), 0
+        self.shape = job.inputs.shape
         self.optimizer = KernelOptimizer(job.optimizer, net, job.lr_schedule)
         self.losses: list[Tensor] = []
         self.accuracies: list[Tensor] = []
@@ -36,6 +37,8 @@ class Chunks:
 
     def _launch(self, steps: int) -> None:
         job, criterion = self.job, self.job.criterion
+        if job.inputs.shape != self.shape or len(job.targets) != self.shape[0]:  # the order would lead past their end
+            raise RuntimeError(f"the inputs became {list(job.inputs.shape)}, for {len(job.targets)} targets")
         taken = self.optimizer.take(steps)
         steps = len(taken.table)
         position, order = self.rows.position, self.rows.take(steps)

@@ -45,15 +45,17 @@ class Native(Chunks):
         steps, rows = len(taken.table), len(order)
         losses, accuracies = x.new_empty(steps), x.new_empty(steps if job.return_accuracy else 0)
         shapes = ((hidden, inputs), (hidden,), (outputs, hidden), (outputs,))
-        groups = [
-            [_address(name, tensor, dtype, shape) for tensor, shape in zip(group, shapes, strict=True)]
-            for name, group in (("parameter", self.net), ("state", taken.firsts), ("state", taken.seconds))
-        ]
-        if x.shape != (len(targets), inputs) or x.device.type != "cpu" or targets.device.type != "cpu":
-            raise RuntimeError(f"the inputs became {list(x.shape)} on {x.device}, for {len(targets)} targets")
+        rule, groups = taken.rule, []
+        for name, group in (("parameter", self.net), ("state", taken.firsts), ("state", taken.seconds)):
+            needed = name == "parameter" or rule.rule == "adam" or (group is taken.firsts and rule.rule != "sgd")
+            if needed and any(a is None and b is not None for a, b in zip(group, self.net, strict=True)):
+                raise RuntimeError(f"a {name} is gone")
+            groups.append([_address(name, tensor, dtype, shape) for tensor, shape in zip(group, shapes, strict=True)])
+        if x.dtype != dtype or not x.is_cpu or not targets.is_cpu:
+            raise RuntimeError(f"the inputs became {x.dtype} on {x.device}, and the targets came to {targets.device}")
         addresses = (
-            x.data_ptr(),
-            targets.data_ptr(),
+            _begin("inputs", x),
+            _begin("targets", targets),
             _address("order", order, torch.int64, (rows,)),
             _address("class weight", criterion.weight, dtype, (outputs,)),
             *(address for group in groups for address in group),
@@ -61,7 +63,6 @@ class Native(Chunks):
             losses.data_ptr(),
             accuracies.data_ptr() if job.return_accuracy else 0,
         )
-        rule = taken.rule
         sizes = (
             *x.stride(),
             *targets.stride(),
@@ -92,4 +93,13 @@ def _address(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[
     if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_cpu or not tensor.is_contiguous():
         found = f"{tensor.dtype}, {list(tensor.shape)}, {tensor.device}"
         raise RuntimeError(f"a {name} is no longer {dtype}, {list(shape)} and contiguous on the CPU, but {found}")
+    return _begin(name, tensor)
+
+
+def _begin(name: str, tensor: Tensor) -> int:
+    """Where the numbers of `tensor` lie. Raises RuntimeError where it has no memory, or less than it needs."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + last + 1) * tensor.itemsize
+    if tensor.numel() and (not tensor.data_ptr() or tensor.untyped_storage().nbytes() < needed):
+        raise RuntimeError(f"{name}: a tensor of {list(tensor.shape)} has no memory, or less than that")
     return tensor.data_ptr()

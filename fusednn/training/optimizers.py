@@ -77,10 +77,13 @@ def refusal(optimizer: Optimizer, parameters: list[Tensor], schedule: Any) -> st
     elif len({group["decoupled_weight_decay"] for group in groups}) > 1:
         return "groups with and without decoupled weight decay"
     for parameter in parameters:
+        state = optimizer.state.get(parameter, {})
         for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
-            state = optimizer.state.get(parameter, {}).get(name)
-            if state is not None and not _alike(state, parameter):
+            if state.get(name) is not None and not _alike(state[name], parameter):
                 return f"the optimizer's {name} has another dtype, device or layout than its parameter"
+        complete = isinstance(state.get("step"), Tensor) and state.keys() >= {"exp_avg", "exp_avg_sq"}
+        if state and kind is not SGD and not complete:
+            return "the optimizer's state is not Adam's"
     return None
 
 

@@ -4,13 +4,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .. import dispatch, functional, modules
 from . import optimizers
 from .chunks import products_of
 from .job import Job
 from .native import MACHINES, Native
-from .nets import Net, against_parameters, find_net, find_pure, has_hooks
+from .nets import Net, find_net, find_pure, has_hooks
 
 CAPTURED_STEPS = 50
 """Fewer steps are not worth the capture of a CUDA graph. Unmeasured."""
@@ -62,16 +65,16 @@ def on_plain_cpu(x: Tensor) -> bool:
     return x.is_cpu and not dispatch.INTERPRETED
 
 
-def against_change(job: Job, parameters: list[Tensor]) -> str | None:
-    """Why kernels that write `parameters` no longer do what `job` asks for, now that a user's code had its turn."""
-    assert isinstance(job.model, nn.Module)
-    if {id(parameter) for parameter in job.model.parameters()} != {id(parameter) for parameter in parameters}:
-        return "the model has other parameters"
-    if any(has_hooks(module) or "forward" in vars(module) for module in job.model.modules()):
-        return "the model has hooks or a new forward"
-    reason = against_parameters(parameters) or optimizers.refusal(job.optimizer, parameters, job.lr_schedule)
-    changed = parameters[0].dtype != job.inputs.dtype or parameters[0].device != job.inputs.device
-    return "the parameters have another dtype or device" if changed else reason
+def against_change(job: Job, choice: Choice) -> str | None:
+    """Why the kernels of `choice` no longer do what `job` asks for, now that a user's code had its turn."""
+    now = choose(job)
+    if now.engine != choice.engine or (now.captured is None) != (choice.captured is None):
+        return now.reason
+    before, after = (one.captured if one.net is None else one.net.parameters for one in (choice, now))
+    assert before is not None
+    assert after is not None
+    same = len(before) == len(after) and all(a is b for a, b in zip(before, after, strict=True))
+    return None if same else "the model has other parameters"
 
 
 def _captured(job: Job) -> list[Tensor] | None:
@@ -102,6 +105,12 @@ def _against_data(job: Job) -> str | None:
         return "autocast is on"
     if torch.is_inference_mode_enabled():
         return "inference mode is on"
+    if any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()):
+        return "a mode of __torch_function__ is on"
+    if _get_current_dispatch_mode_stack() or torch._C._are_functorch_transforms_active():
+        return "a mode of __torch_dispatch__ or a transform of torch.func is on"
+    if inputs._is_zerotensor() or targets._is_zerotensor():
+        return "the inputs or targets have no memory"
     if inputs.dtype not in (torch.float32, torch.float64):
         return f"no training kernel for {inputs.dtype}"
     if type(inputs) is not Tensor or inputs.requires_grad or inputs.is_neg():

@@ -23,7 +23,7 @@ template <class T>
 INLINE void update(T *__restrict w, T *__restrict m, T *__restrict v, T *__restrict g, Int n, const T *row, Kind kind) {
     if (kind.maximize)
         for (Int i = 0; i < n; ++i) g[i] *= row[SIGN];
-    if (kind.coupled)
+    if (kind.coupled && row[DECAY] != 0)  // w may be infinite
         for (Int i = 0; i < n; ++i) g[i] += row[DECAY] * w[i];
     if (kind.decoupled)
         for (Int i = 0; i < n; ++i) w[i] *= row[SHRINK];

@@ -18,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import fusednn
 from fusednn import reference, train_steps
@@ -152,6 +153,68 @@ def test_a_label_that_on_chunk_makes_wrong_is_nan() -> None:
 
     losses = train_steps(model, adam(model.parameters()), x, targets, steps=4, chunk_steps=2, on_chunk=change)
     assert losses.isnan().tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize("name", ["inputs", "targets", "parameter"])
+def test_memory_that_on_chunk_frees(name: str) -> None:
+    x, targets = data("cpu")
+    model = net("cpu")
+    tensor = {"inputs": x, "targets": targets, "parameter": model[0].weight.data}[name]
+    with pytest.raises(RuntimeError, match=f"{name}: a tensor of .* has no memory"):
+        train_steps(
+            model, adam(model.parameters()), x, targets, steps=4, chunk_steps=2,
+            on_chunk=lambda done, losses: tensor.untyped_storage().resize_(0),
+        )  # fmt: skip
+
+
+def test_tensors_without_memory_and_transforms_are_left_to_pytorch() -> None:
+    x, targets = data("cpu")
+    model = net("cpu")
+    for inputs, labels in (
+        (torch._efficientzerotensor(x.shape), targets),
+        (x, torch._efficientzerotensor(targets.shape, dtype=torch.int64)),
+    ):
+        decision = fusednn.explain(train_steps, model, adam(model.parameters()), inputs, labels, steps=1)[0]
+        assert decision.implementation == "looped"
+    given: dict[str, Any] = {"steps": 1, "criterion": nn.CrossEntropyLoss()}
+    with pytest.raises(RuntimeError, match="functorch transform"):
+        torch.func.functionalize(lambda x: train_steps(model, adam(model.parameters()), x, targets, **given))(x)
+
+
+class Twice(TorchFunctionMode):
+    """F.linear gives twice what it gives."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        return result * 2 if function is torch.nn.functional.linear else result
+
+
+def test_modes_are_heard() -> None:
+    x, targets = data("cpu")
+    with Twice():
+        ours, theirs = (train(loop, net("cpu"), x, targets, steps=2) for loop in (train_steps, reference.train_steps))
+    assert ours.engine == "looped"
+    assert_alike(ours, theirs)
+    with torch.device("cpu"):
+        assert train(train_steps, net("cpu"), x, targets, steps=2).engine == "native"
+
+
+def test_a_bias_of_minus_infinity_without_decay_beside_weights_with() -> None:
+    """It masks a class; 0 times infinity would be NaN."""
+    model = net("cpu")
+    with torch.no_grad():
+        model[2].bias[3] = -float("inf")
+    x, targets = data("cpu")
+    targets[targets == 3] = 4
+
+    def make(parameters: Any) -> torch.optim.Optimizer:
+        both = list(parameters)
+        groups = [{"params": [p for p in both if p.dim() == 2], "weight_decay": 0.1}]
+        return torch.optim.SGD([*groups, {"params": [p for p in both if p.dim() == 1]}], lr=0.1)
+
+    ours, theirs = (train(loop, model, x, targets, steps=3, make=make) for loop in (train_steps, reference.train_steps))
+    assert ours.engine == "native"
+    assert_alike(ours, theirs)
 
 
 @pytest.mark.parametrize("change", [lambda m: m.double(), lambda m: setattr(m[0].weight, "data", torch.zeros(1, 2))])

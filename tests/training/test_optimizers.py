@@ -250,6 +250,10 @@ REFUSED: dict[str, tuple[Callable[[Any], Optimizer], Callable[[Any, Any], Any], 
     "step put in": (Adam, lambda o, p: put(o, "step", print), "step was replaced"),
     "weight decay a tensor": (lambda p: SGD(p, weight_decay=torch.tensor(0.1)), lambda o, p: None, "lr is a tensor"),
     "capturable": (lambda p: Adam(p, capturable=True), lambda o, p: None, "capturable on a CPU"),
+    "of Adamax": (
+        Adam, lambda o, p: o.state[p[0]].update(step=torch.ones(()), exp_avg=torch.zeros_like(p[0])),
+        "the optimizer's state is not Adam's",
+    ),
     "scaled": (Adam, lambda o, p: put(o, "grad_scale", torch.ones(())), "gradients are scaled"),
     "moments in bfloat16": (Adam, lambda o, p: moment(o, p[0]), "the optimizer's exp_avg has another dtype"),
     "one parameter more": (

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-from fusednn import reference, train_steps
+from fusednn import SimpleNN, reference, train_steps
 from fusednn.kernels import mlp_training
 from fusednn.training import Options, captured, looped, nets, pacing
 from fusednn.training.job import check
@@ -117,25 +117,77 @@ def test_an_error_in_on_chunk(model: nn.Module) -> None:
     assert_stopped_after(4, model)
 
 
-CHANGES: dict[str, Callable[[Any, Any], Any]] = {
-    "frozen": lambda model, optimizer: model[0].weight.requires_grad_(False),
-    "hooks": lambda model, optimizer: model.register_forward_hook(lambda *args: None),
-    "other parameters": lambda model, optimizer: setattr(model[0], "weight", nn.Parameter(torch.zeros(24, 20))),
-    "dtype": lambda model, optimizer: model.double(),
-    "amsgrad": lambda model, optimizer: optimizer.param_groups[0].update(amsgrad=True),
+CHANGES: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "frozen": lambda model, optimizer, criterion: model[0].weight.requires_grad_(False),
+    "the model has hooks": lambda model, optimizer, criterion: model.register_forward_hook(lambda *args: None),
+    "not exactly the model's": lambda model, optimizer, criterion: setattr(
+        model[0], "weight", nn.Parameter(torch.zeros(10, 10).to(model[0].weight))
+    ),
+    "other parameters": lambda model, optimizer, criterion: swap(model),
+    "dtype": lambda model, optimizer, criterion: model.double(),
+    "amsgrad": lambda model, optimizer, criterion: optimizer.param_groups[0].update(amsgrad=True),
+    "not Linear, ReLU, Linear": lambda model, optimizer, criterion: setattr(model, "1", nn.GELU()),
+    "reduction 'none'": lambda model, optimizer, criterion: setattr(criterion, "reduction", "none"),
+    "the criterion has hooks": lambda model, optimizer, criterion: criterion.register_forward_hook(lambda *args: None),
 }
 
 
+def swap(model: Any) -> None:
+    """The same parameters in other places."""
+    model[0], model[2] = model[2], model[0]
+
+
 @pytest.mark.parametrize("reason", CHANGES)
-def test_on_chunk_that_changes_what_a_step_is(reason: str) -> None:
+def test_on_chunk_that_changes_what_a_step_is(reason: str, device: str) -> None:
     """A kernel would go on as before; the loop would not."""
-    model = net("cpu")
-    optimizer = adam(model.parameters())
+    model = net(device, (10, 10, 10))
+    optimizer, criterion = adam(model.parameters()), nn.CrossEntropyLoss()
     change = CHANGES[reason]
     with pytest.raises(RuntimeError, match=f"on_chunk changed what is trained, .*{reason}"):
         train_steps(
-            model, optimizer, *data("cpu"), steps=4, chunk_steps=2, on_chunk=lambda *args: change(model, optimizer)
-        )
+            model, optimizer, *data(device, 50, 10), steps=4, chunk_steps=2, criterion=criterion,
+            on_chunk=lambda *args: change(model, optimizer, criterion),
+        )  # fmt: skip
+
+
+def test_a_parameter_that_the_model_does_not_use_is_no_change(device: str) -> None:
+    model = SimpleNN(20, 24, 10).to(device)
+    optimizer = adam(model.parameters())
+    model.register_parameter("scale", nn.Parameter(torch.ones((), device=device)))
+    losses = train_steps(model, optimizer, *data(device), steps=4, chunk_steps=2, on_chunk=lambda *args: None)
+    assert losses.shape == (4,)
+
+
+@pytest.mark.parametrize("rows", [5, 100])
+def test_on_chunk_that_resizes_the_data(rows: int, device: str) -> None:
+    """The order of the epoch would lead past its end."""
+    x, targets = data(device)
+    model = net(device)
+    optimizer = adam(model.parameters())
+
+    def resize(done: int, losses: Tensor) -> None:
+        x.resize_(rows, 20)
+        targets.resize_(rows)
+
+    with pytest.raises(RuntimeError, match="the inputs became"):
+        train_steps(model, optimizer, x, targets, batch_size=8, steps=4, chunk_steps=2, on_chunk=resize)
+    assert {int(state["step"]) for state in optimizer.state.values()} == {2}
+
+
+def test_another_signal_whose_handler_raises(device: str) -> None:
+    """As a time limit does: whole steps are done, those that on_chunk was told of."""
+    model, watcher = net(device, (64, 128, 10)), Watcher()
+    before = signal.signal(signal.SIGALRM, lambda *args: (_ for _ in ()).throw(TimeoutError()))
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    optimizer = adam(model.parameters())
+    try:
+        with pytest.raises(TimeoutError):
+            train_steps(model, optimizer, *data(device, 50, 64), steps=10**6, on_chunk=watcher)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+    assert {int(state["step"]) for state in optimizer.state.values()} == {watcher.done[-1]}
+    assert sum(len(losses) for losses in watcher.losses) == watcher.done[-1]
 
 
 def test_on_chunk_may_change_the_learning_rate(model: nn.Module) -> None:

@@ -98,9 +98,12 @@ def train_steps(
       after the last step, with the steps done so far and the losses of those since it was last called. It may raise
       StopIteration to end the training there: what is done counts, and its losses are returned. It may look at
       anything, load states and change learning rates; that a step is computed otherwise than when the call began (a
-      layer frozen, a hook, another parameter) takes a call of its own, and raises RuntimeError here.
+      layer frozen, a hook, another parameter, layer or size of the data) takes a call of its own, and raises
+      RuntimeError here.
 
-    Ctrl-C, and whatever else is raised, leaves whole steps: those that on_chunk was told of.
+    Ctrl-C, another signal whose handler raises, and whatever else is raised, leaves whole steps: those that on_chunk
+    was told of. A model of a class of its own is looked into by torch.fx, during which other threads should call no
+    modules; nn.Sequential(Linear, ReLU, Linear) and SimpleNN are known at sight.
 
     Who runs the steps `explain` tells: "resident", where model is Linear, ReLU, Linear of a moderate size in float32 or
     float64 on a GPU, the criterion nn.CrossEntropyLoss and the optimizer torch.optim's Adam, AdamW or SGD without

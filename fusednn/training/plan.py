@@ -5,7 +5,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .. import dispatch, functional, modules
@@ -105,7 +104,8 @@ def _against_data(job: Job) -> str | None:
         return "autocast is on"
     if torch.is_inference_mode_enabled():
         return "inference mode is on"
-    if any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()):
+    modes = _get_current_function_mode_stack()  # of them a default device is harmless
+    if any(type(mode).__module__ != "torch.utils._device" for mode in modes):
         return "a mode of __torch_function__ is on"
     if _get_current_dispatch_mode_stack() or torch._C._are_functorch_transforms_active():
         return "a mode of __torch_dispatch__ or a transform of torch.func is on"

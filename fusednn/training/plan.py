@@ -5,7 +5,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .. import dispatch, functional, modules
 from . import optimizers
@@ -107,8 +106,8 @@ def _against_data(job: Job) -> str | None:
     modes = _get_current_function_mode_stack()  # of them a default device is harmless
     if any(type(mode).__module__ != "torch.utils._device" for mode in modes):
         return "a mode of __torch_function__ is on"
-    if _get_current_dispatch_mode_stack() or torch._C._are_functorch_transforms_active():
-        return "a mode of __torch_dispatch__ or a transform of torch.func is on"
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func is on"
     if inputs._is_zerotensor() or targets._is_zerotensor():
         return "the inputs or targets have no memory"
     if inputs.dtype not in (torch.float32, torch.float64):

@@ -70,9 +70,7 @@ EXAMPLE = {
 @given(jobs())
 @example(EXAMPLE)
 @example(EXAMPLE | {"rows": 0})
-@example(
-    EXAMPLE | {"sizes": (5, 4, 1), "make": "SGD"}
-)  # its gradients are all rounding, which Adam would divide by itself
+@example(EXAMPLE | {"sizes": (5, 4, 1), "make": "SGD"})  # all its gradients are rounding, by which Adam would divide
 @example(EXAMPLE | {"sizes": (257, 255, 130), "machine": next(reversed(MACHINES), "")})
 def test_as_the_loop_in_float64(job: dict[str, Any]) -> None:
     inputs, _, outputs = job["sizes"]

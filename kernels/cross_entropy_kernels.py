@@ -73,12 +73,6 @@ def load_masses(
 
 
 @triton.jit
-def divisor(total):
-    """What a mean over the weight `total` divides by: NaN for 0, as PyTorch's 0 / 0 whatever smoothing adds to it."""
-    return tl.where(total == 0, float("nan"), total)
-
-
-@triton.jit
 def reduce_losses(
     loss, weight, offs_m, M, loss_ptr, total_ptr, counts,
     REDUCTION: tl.constexpr, ONE_PROGRAM: tl.constexpr, COUNTED: tl.constexpr, MOST_COUNTS: tl.constexpr,
@@ -92,11 +86,11 @@ def reduce_losses(
     if REDUCTION == "mean":
         if COUNTED:
             offs = tl.arange(0, MOST_COUNTS)
-            total = divisor(tl.sum(tl.load(total_ptr + offs, mask=offs < counts, other=0.0)))
+            total = tl.sum(tl.load(total_ptr + offs, mask=offs < counts, other=0.0))
         else:
             part = tl.sum(weight)
-            total = divisor(part) if ONE_PROGRAM else tl.cast(M, loss.dtype)
-            tl.store(total_ptr + tl.program_id(0), total if ONE_PROGRAM else part)
+            tl.store(total_ptr + tl.program_id(0), part)
+            total = part if ONE_PROGRAM else tl.cast(M, loss.dtype)
     if REDUCTION == "none":
         store(loss_ptr + offs_m, loss, offs_m < M)
     elif ONE_PROGRAM:
@@ -302,7 +296,7 @@ def sum_losses_kernel(
     """The sum of the partial losses, for the mean divided by the sum of the partial weights; one program."""
     loss = sum_partials(partial_ptr, partials, BLOCK_M)
     if REDUCTION == "mean":
-        total = divisor(sum_partials(counts_ptr, counts, BLOCK_M))
+        total = sum_partials(counts_ptr, counts, BLOCK_M)
         tl.store(total_ptr, total)
         loss /= total
     store(loss_ptr, loss, True)

@@ -25,7 +25,6 @@ import triton.language as tl
 from .adam import ROW, update
 from .cross_entropy import float_bits
 from .cross_entropy_kernels import (
-    divisor,
     finish_gradient,
     finish_losses,
     load_labels,
@@ -219,7 +218,6 @@ def mlp_training_kernel(
             loss, weight, db2, counted, right = (
                 loss + loss_b, weight + weight_b, db2 + db2_b, counted + counted_b, right + right_b
             )  # fmt: skip
-        weight = divisor(weight)
         tl.store(buffers[2] + step, loss / weight if MEAN else loss)
         if ACCURACY:
             tl.store(buffers[3] + step, right / counted)

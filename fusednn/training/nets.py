@@ -1,6 +1,8 @@
 """Finds the net that the training kernels run, Linear, ReLU, Linear, in a user's model."""
 
 import copy
+import random
+import threading
 from collections import deque
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -118,16 +120,27 @@ def _trace(model: nn.Module) -> tuple[nn.Module, fx.Graph] | str:
     try:
         call = _Call(_twin(model, twins))
         before = [_attributes(twin) for twin in twins.values()]
-        with torch.random.fork_rng(devices=()), torch.enable_grad():  # as in the loop, also within explain
-            graph = _Tracer().trace(call)
+        with _TRACING, torch.random.fork_rng(devices=()), torch.enable_grad():  # as in the loop, also within explain
+            drawn = random.getstate(), torch.get_rng_state()
+            try:
+                graph = _Tracer().trace(call)
+                is_random = random.getstate() != drawn[0] or not torch.equal(torch.get_rng_state(), drawn[1])
+            finally:
+                random.setstate(drawn[0])
     except Exception as error:  # whatever the forward of a user raises when it gets no tensors
         words = str(error).strip().splitlines() or [type(error).__name__]
         return f"torch.fx cannot trace the model: {words[0]}"
+    if is_random:
+        return "the model's forward draws random numbers"
     for twin, attributes in zip(twins.values(), before, strict=True):
         now = _attributes(twin)
         if len(now) != len(attributes) or any(a is not b for a, b in zip(now, attributes, strict=True)):
             return "the model's forward sets attributes"
     return call, graph
+
+
+_TRACING = threading.RLock()
+"""torch.fx patches nn.Module for all threads, and two at once would leave it patched."""
 
 
 class _Call(nn.Module):

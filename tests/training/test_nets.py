@@ -1,6 +1,7 @@
 """What torch.fx finds in a model, and why it finds nothing."""
 
 import copy
+import random
 from typing import Any
 
 import pytest
@@ -99,6 +100,31 @@ def test_what_is_found_at_sight_is_what_torch_fx_finds(make: Any, monkeypatch: p
     monkeypatch.undo()
     monkeypatch.setattr(type(model), "forward", lambda self, x: x)
     assert find_net(model) == "the model is not Linear, ReLU, Linear"
+
+
+class Dropping(Custom):
+    """Drops the layer now and then."""
+
+    def __init__(self, draw: Any) -> None:
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.relu(self.first(x))
+        return self.second(3 * hidden) if self.draw() < 0.5 else self.second(hidden)
+
+
+@pytest.mark.parametrize("draw", [random.random, lambda: torch.rand(()).item()])
+def test_a_forward_that_draws_is_not_known_from_one_trace(draw: Any) -> None:
+    """Whichever way it goes; and the numbers are drawn by the loop."""
+    for seed in range(6):
+        random.seed(seed)
+        torch.manual_seed(seed)
+        model = Dropping(draw)
+        before = random.getstate(), torch.get_rng_state()
+        assert isinstance(find_net(model), str)
+        assert random.getstate() == before[0]
+        assert torch.equal(torch.get_rng_state(), before[1])
 
 
 class Shortcut(Custom):

@@ -224,8 +224,10 @@ def measure(tasks: list[Task]) -> list[dict[str, Any]]:
             compiled.append((results[-1], build, compile_build(build, target)))
         except Exception as error:
             results[-1]["error"] = f"{type(error).__name__}: {error}"
+    if not compiled:
+        return results
     binaries = [binary for _, _, binary in compiled]
-    is_cuda = TARGETS[target].backend == "cuda" and compiled
+    is_cuda = TARGETS[target].backend == "cuda"
     numbers = read_nvidia(binaries, target) if is_cuda else map(read_amd, binaries)
     for (result, build, binary), read in zip(compiled, numbers, strict=True):
         rows = re.findall(r"tt\.dot .*-> tensor<(\d+)x", binary.asm["ttir"])

@@ -153,7 +153,7 @@ def _run(
     engine: Any, job: Job, choice: Choice, on_chunk: Callable[[int, Tensor], object] | None, chunk_steps: int | None
 ) -> None:
     """Let `engine` make the steps of `job`, and tell `on_chunk` of them, also of those before an error."""
-    steps, has_kernels = job.steps, choice.net is not None or choice.captured is not None
+    steps = job.steps
     told = 0  # how many of the engine's pieces of losses on_chunk has seen
 
     def tell() -> bool:
@@ -179,8 +179,8 @@ def _run(
             due = chunk_steps is None or engine.done % chunk_steps == 0 or engine.done == steps
             if due and not tell():
                 return
-            changeable = due and on_chunk is not None and has_kernels and engine.done < steps
-            if changeable and (reason := against_change(job, choice)):
+            may_be_changed = due and on_chunk is not None and choice.parameters is not None and engine.done < steps
+            if may_be_changed and (reason := against_change(job, choice)):
                 raise RuntimeError(f"on_chunk changed what is trained, {reason}: call train_steps for the steps left")
     except BaseException:
         tell()

@@ -1,7 +1,7 @@
 """The engine for small nets on a CPU: one call of kernels/native/mlp_training.cpp makes all steps of a chunk.
 
-The C++ code gets addresses and sizes as whole numbers and checks nothing: everything is checked here, for each chunk
-anew, since on_chunk may have put other tensors in place. It runs in this thread, without the GIL.
+The C++ code gets addresses and sizes as whole numbers and checks nothing: everything is checked here and in Chunks, for
+each chunk anew, since on_chunk may have put other tensors in place. It runs in this thread, without the GIL.
 """
 
 from typing import Any
@@ -46,13 +46,16 @@ class Native(Chunks):
         losses, accuracies = x.new_empty(steps), x.new_empty(steps if job.return_accuracy else 0)
         shapes = ((hidden, inputs), (hidden,), (outputs, hidden), (outputs,))
         rule, groups = taken.rule, []
-        for name, group in (("parameter", self.net), ("state", taken.firsts), ("state", taken.seconds)):
-            needed = name == "parameter" or rule.rule == "adam" or (group is taken.firsts and rule.rule != "sgd")
+        for name, group, needed in (
+            ("parameter", self.net, True),
+            ("state", taken.firsts, rule.rule != "sgd"),
+            ("state", taken.seconds, rule.rule == "adam"),
+        ):
             if needed and any(a is None and b is not None for a, b in zip(group, self.net, strict=True)):
                 raise RuntimeError(f"a {name} is gone")
             groups.append([_address(name, tensor, dtype, shape) for tensor, shape in zip(group, shapes, strict=True)])
-        if x.dtype != dtype or not x.is_cpu or not targets.is_cpu:
-            raise RuntimeError(f"the inputs became {x.dtype} on {x.device}, and the targets came to {targets.device}")
+        if not x.is_cpu or not targets.is_cpu:
+            raise RuntimeError(f"the inputs came to {x.device}, and the targets to {targets.device}")
         addresses = (
             _begin("inputs", x),
             _begin("targets", targets),

@@ -133,20 +133,24 @@ class KernelOptimizer:
         """
         groups = [group for group in self.optimizer.param_groups if group["params"]]
         # in torch.optim's order, in which state_dict too lists the states
-        fresh = {id(held): self._make_state(held, group) for group in groups for held in group["params"]}
-        place = {id(held): g for g, group in enumerate(groups) for held in group["params"]}
+        found = {
+            id(held): (g, self._make_state(held, group)) for g, group in enumerate(groups) for held in group["params"]
+        }
         history = self._advance_schedule(groups, steps)
         steps = steps if self.schedule is None else len(history)
-        made: dict[Any, Tensor] = {None: torch.zeros(steps, ROW, dtype=torch.float64, device="cpu")}
-        tables = []
-        for parameter in self.parameters:
-            key = None
-            if parameter is not None:
-                count, g = self._count(parameter), place[id(parameter)]
-                key = (g, fresh[id(parameter)], float(count) if count.is_cpu else id(count))
-                if key not in made:
-                    made[key] = self._table(count, [options[g] for options in history], steps, fresh[id(parameter)])
-            tables.append(made[key])
+        made: dict[Any, Tensor] = {}
+
+        def table_of(parameter: Tensor | None) -> Tensor:
+            """The same for all parameters of a group that are as old."""
+            if parameter is None:
+                return torch.zeros(steps, ROW, dtype=torch.float64, device="cpu")
+            (g, fresh), count = found[id(parameter)], self._steps_made(parameter)
+            key = (g, fresh, float(count) if count.is_cpu else id(count))
+            if key not in made:
+                made[key] = self._table(count, [options[g] for options in history], steps, fresh)
+            return made[key]
+
+        tables = [table_of(parameter) for parameter in self.parameters]
         model = next(parameter for parameter in self.parameters if parameter is not None)
         device = next((table.device for table in tables if not table.is_cpu), tables[0].device)
         table = torch.stack([_sent(table, device) for table in tables], dim=1).to(model.dtype)
@@ -188,7 +192,7 @@ class KernelOptimizer:
                 break
         return history
 
-    def _count(self, parameter: Tensor) -> Tensor:
+    def _steps_made(self, parameter: Tensor) -> Tensor:
         """How many steps `parameter` has made, where the optimizer counts them."""
         count: Tensor = self.optimizer.state[parameter]["step"] if self.is_adam else torch.zeros((), device="cpu")
         return count

@@ -38,6 +38,11 @@ class Choice(NamedTuple):
     net: Net | None = None
     captured: list[Tensor] | None = None
 
+    @property
+    def parameters(self) -> list[Tensor] | None:
+        """Those that the kernels of the engine write; None where it has none."""
+        return self.captured if self.net is None else self.net.parameters
+
 
 def choose(job: Job) -> Choice:
     """The engine for `job`."""
@@ -66,12 +71,9 @@ def on_plain_cpu(x: Tensor) -> bool:
 def against_change(job: Job, choice: Choice) -> str | None:
     """Why the kernels of `choice` no longer do what `job` asks for, now that a user's code had its turn."""
     now = choose(job)
-    if now.engine != choice.engine or (now.captured is None) != (choice.captured is None):
+    if now.engine != choice.engine or now.parameters is None:
         return now.reason
-    before, after = (one.captured if one.net is None else one.net.parameters for one in (choice, now))
-    assert before is not None
-    assert after is not None
-    same = len(before) == len(after) and all(a is b for a, b in zip(before, after, strict=True))
+    same = [*map(id, now.parameters)] == [*map(id, choice.parameters or ())]
     return None if same else "the model has other parameters"
 
 

@@ -19,10 +19,10 @@ $(READY): setup.py constraints.txt $(wildcard kernels/native/*)
 train: $(READY)  ## train SimpleNN on the handwritten digits
 	$(BIN)/fusednn train
 
-test: $(READY)  ## the tests, about 7 minutes on two cores
+test: $(READY)  ## the tests, about 12 minutes on two cores
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-full: $(READY)  ## what takes longer: the rest of the tests, about 16 minutes on two cores
+test-full: $(READY)  ## what takes longer: the rest of the tests, up to 40 minutes on two cores
 	$(BIN)/python -m pytest -n 2 -m slow
 
 lint: $(READY)  ## ruff, mypy --strict, import-linter

@@ -1,7 +1,7 @@
 """Training 64-128-10 at batch 32 on one thread of a CPU: train_steps beside PyTorch's loops and scikit-learn's.
 
     a step        of the native engine, of the eager loop with Adam and fused Adam, of a whole step under torch.compile
-                  (forward, loss, backward and Adam written out, in one graph), and of MLPClassifier
+                  (gather, forward, loss, backward and Adam, in one graph), and of MLPClassifier
     growth        of a step with the batch and with the width, beside the eager loop
     crossover     the net at batch 32 from which the loop, on one thread and on two, is quicker than the native engine
 
@@ -60,12 +60,13 @@ class Data:
 
 
 def compiled_step(data: Data) -> Callable[[int], Any]:
-    """Steps as one graph each: forward, gradients by autograd's formulas, and Adam, written out and in place."""
+    """Steps as one graph each: gather, forward, gradients by autograd's formulas and Adam, written out, in place."""
     w1, b1, w2, b2 = parameters = [parameter.detach() for parameter in data.model.parameters()]
     firsts, seconds = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
 
     @torch.compile(fullgraph=True)
-    def step(x: Tensor, targets: Tensor, sizes: Tensor) -> Tensor:
+    def step(rows: Tensor, sizes: Tensor) -> Tensor:
+        x, targets = data.x[rows], data.targets[rows]
         h = torch.relu(torch.addmm(b1, x, w1.t()))
         y = torch.addmm(b2, h, w2.t())
         log_p = torch.log_softmax(y, 1)
@@ -83,11 +84,11 @@ def compiled_step(data: Data) -> Callable[[int], Any]:
     def run(steps: int) -> None:
         nonlocal done
         order = torch.randperm(len(data.x)).split(data.batch)
+        t = torch.arange(done + 1, done + steps + 1, dtype=torch.float64)
+        sizes = torch.stack([0.01 / (1 - 0.9**t), (1 - 0.999**t).rsqrt()], dim=1).float()
+        done += steps
         for i in range(steps):
-            done += 1
-            sizes = torch.tensor([0.01 / (1 - 0.9**done), (1 - 0.999**done) ** -0.5])
-            rows = order[i % len(order)]
-            step(data.x[rows], data.targets[rows], sizes)
+            step(order[i % len(order)], sizes[i])
 
     return run
 

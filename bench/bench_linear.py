@@ -7,8 +7,8 @@ Three measures, each a group of its own for every shape and precision:
                        number of kernels, the sum of their times by the profiler, and the peak of memory
     cold first call    the first call of a process that finds nothing compiled on the disk
 
-`cases` has them in the order of what is worth most, since `make gpu` gives all of them 100 seconds and may not reach
-max-autotune then: `python -m pytest bench/bench_linear.py --benchmark-only` by itself has no limit.
+`cases` has them in the order of what is worth most, since `bench.gpu` gives all of them 90 seconds. By itself
+`python -m pytest bench/bench_linear.py --benchmark-only` has no limit.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fusednn import functional
 
-from .conftest import Stamp, Told, capture, cold, compiled, need, occupy, peak
+from .conftest import PRETEND, Stamp, Told, amounts, capture, cold, compiled, need, occupy, peak, seconds_of
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -112,6 +112,13 @@ class Case(NamedTuple):
             return self.precision in ("bf16", "fp16") and n % 8 == k % 8 == 0
         return not (self.implementation == "_addmm_activation" and self.backward)
 
+    def marks(self) -> list[pytest.MarkDecorator]:
+        """By which clock it is timed, and whether only who asks for all gets it."""
+        timer = {"CUDA graph": Stamp, "cold first call": Told.now}.get(self.measure)
+        cold_or_tuned = self.measure == "cold first call" or self.implementation == "torch.compile max-autotune"
+        marks = [pytest.mark.benchmark(timer=timer)] if timer else []
+        return [*marks, pytest.mark.extra] if cold_or_tuned else marks
+
     def goals(self) -> dict[str, float]:
         """The most of each baseline's time that ours may take: less than theirs below 1024, else eager's within 2 %."""
         if self.measure == "cold first call":
@@ -129,22 +136,20 @@ def some(shapes: list[Shape], precisions: str, implementations: list[str]) -> It
 
 
 def cases() -> Iterator[Case]:
-    """All, in the order of what is worth most. What Inductor compiles takes seconds each, and so comes after ours."""
+    """All, in the order of what is worth most; conftest.py puts what compiles for seconds behind the others."""
     ours, inductor, every = ["eager", "_addmm_activation", "fusednn"], ["torch.compile"], "bf16 tf32 fp16 ieee"
-    small, large = LEADING[:3], LEADING[3:]
-    yield from some(LEADING, "bf16 tf32", ours)
-    yield from some(small, "bf16 tf32", inductor)
+    yield from some(LEADING, "bf16 tf32", [*ours, *inductor])
     for implementation in ("eager", "torch.compile", "fusednn"):
         yield Case(LEADING[0], "ieee", True, "cold first call", implementation)
-    yield from some(large, "bf16 tf32", inductor)
-    yield from some(LEADING, "fp16 ieee", ours)
-    yield from some(MORE, every, ours)
-    yield from some(small + MORE, "bf16 fp16", ["quack"])
-    yield from some(LEADING, "fp16 ieee", inductor)
-    yield from some(MORE, every, inductor)
+    yield from some(LEADING, "fp16 ieee", [*ours, *inductor])
+    yield from some(MORE, every, [*ours, *inductor])
     yield from some(LARGEST, every, [*ours, *inductor])
+    yield from some(LEADING + MORE + LARGEST, "bf16 fp16", ["quack"])
     yield from some([LEADING[0], LEADING[2], LEADING[4]], "bf16 tf32", ["torch.compile max-autotune"])
-    yield from some(large + LARGEST, "bf16 fp16", ["quack"])
+
+
+MOST = {"": 8192, "compile": 1024, "sample": 256}[PRETEND]
+"""The largest size that is measured; above 1,024 PyTorch multiplies, and nothing of ours is compiled."""
 
 
 @pytest.fixture(scope="session")
@@ -213,25 +218,11 @@ class Layer:
         torch.cuda.synchronize()
 
 
-def seconds_of(layer: Layer) -> float:
-    """About what a call takes when it is warm."""
-    layer.calls(3)
-    begin = Stamp()
-    layer.calls(1)
-    return Stamp() - begin
-
-
-def amounts(seconds: float, most_calls: int) -> tuple[int, int]:
-    """How many calls a round, and how many rounds, of a call of so many seconds: about 0.2 s, but three rounds."""
-    calls = max(1, min(most_calls, int(0.01 / seconds)))
-    return calls, max(3, min(30, int(0.2 / (calls * seconds))))
-
-
 def in_a_graph(case: Case, benchmark: Any) -> None:
     """GPU time, the queue never empty."""
     layer = Layer(case)
     layer.check()
-    calls, rounds = amounts(seconds_of(layer), 10)
+    calls, rounds = amounts(seconds_of(partial(layer.calls, 1)), 10)
     with torch.set_grad_enabled(case.backward):
         graph = capture(layer.call, calls)
     benchmark.extra_info["calls a round"] = calls
@@ -242,7 +233,7 @@ def from_python(case: Case, benchmark: Any) -> None:
     """Time on the clock, and what memory and profiler say of a call."""
     layer = Layer(case)
     layer.check()
-    calls, rounds = amounts(seconds_of(layer), 50)
+    calls, rounds = amounts(seconds_of(partial(layer.calls, 1)), 50)
     benchmark.extra_info |= {"calls a round": calls, "peak bytes over the inputs": peak(partial(layer.calls, 1))}
     benchmark.pedantic(layer.calls, args=(calls,), rounds=rounds, warmup_rounds=2)
     benchmark.extra_info |= kernels(layer.calls, min(calls, 10))
@@ -293,16 +284,10 @@ def cold_first_call(case: Case, benchmark: Any, folder: Path) -> None:
     benchmark.pedantic(process, rounds=1)
 
 
-TIMERS = {
-    "CUDA graph": [pytest.mark.benchmark(timer=Stamp)],
-    "cold first call": [pytest.mark.benchmark(timer=Told.now)],
-}
-
-
 @pytest.mark.usefixtures("_profiler_is_warm")
 @pytest.mark.parametrize(
     ("shape", "precision", "backward", "measure", "implementation"),
-    [pytest.param(*case, id="-".join(case.words()), marks=TIMERS.get(case.measure, ())) for case in cases()],
+    [pytest.param(*case, id="-".join(case.words()), marks=case.marks()) for case in cases() if max(case.shape) <= MOST],
     indirect=["precision"],
 )
 def test_linear_relu(

@@ -1,16 +1,16 @@
 """Training 64-128-10 at batch 32, and MNIST's 784-128-10 at batch 128: train_steps beside PyTorch's loops, on a GPU.
 
 Every loop trains the same net from the same parameters on the same data, shuffled anew each epoch on the device, so
-each gathers its batches; before it is timed, its first losses are held to eager's. Times are from Python, the queue
-drained once a round:
+each gathers its batches; before it is timed, its first gradients and losses are held to eager's. Times are from Python,
+the queue drained once a round:
 
     a step             in long training: a round of many steps, which is one call of train_steps
     cold first call    of one step, in a process that finds nothing compiled on the disk
     calls              of 1, 100 and 10,000 steps
     growth             of a step with the batch, and with the width
 
-The tests stand in the order of what is worth most, since `make gpu` gives all of them 150 seconds. Without a GPU there
-is only the last: the overhead of train_steps where it is a loop in Python. bench_native.py has the native one.
+A round has as many steps as ROUND_SECONDS hold. Without a GPU there is only the last: the overhead of train_steps where
+it is a loop in Python. bench_native.py has the native one.
 """
 
 import statistics
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from fusednn import CrossEntropyLoss, SimpleNN, explain, reference, train_steps
 from fusednn.training import plan
 
-from .conftest import Told, capture, cold, compiled, need
+from .conftest import PRETEND, Told, capture, cold, compiled, need
 
 pytestmark = pytest.mark.filterwarnings("default")  # Inductor's, that TF32 is off, is no error here
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -40,6 +40,13 @@ ROWS = {64: 7 * 256, 784: 468 * 128}
 
 CHECKED = {"tf32": 2e-2, "ieee": 1e-3}
 """How far the first losses may be from eager's, relative to them: Adam's first steps are as large for noise."""
+
+CHECKED_GRADIENT = {"tf32": 0.1, "ieee": 1e-3}
+"""How far the first gradient may be from eager's, by norm: a hidden unit near 0 may be on in one and off in the other,
+which at batch 32 is 2 % of the gradient of W1."""
+
+ROUND_SECONDS = 0.1
+"""How long a round of a step in long training takes."""
 
 COMPILE_SECONDS = 40
 """What torch.compile may need for a whole step, or a cold process for its first."""
@@ -91,16 +98,9 @@ class Case(NamedTuple):
         net, batch, steps, precision, _ = self.words()
         return f"training step, {net}, {batch}, {precision}{', ' + steps if self.steps else ''}"
 
-    def steps_a_round(self) -> int:
-        """Of train_steps so many that one call is long training; of a loop some, since each costs the same."""
-        if self.steps or self.implementation != "fusednn":
-            return self.steps or 200
-        inputs, hidden, outputs = self.sizes
-        return 10_000 if self.batch * hidden * (inputs + outputs) < 2**21 else 2_000
-
     def notes(self) -> dict[str, Any]:
-        """What `extra_info` gets: steps, and the goals where the design has some."""
-        notes: dict[str, Any] = {"steps a round": self.steps_a_round()}
+        """What `extra_info` gets: the goals where the design has some."""
+        notes: dict[str, Any] = {}
         if self.implementation == "fusednn" and (self.sizes, self.batch, self.steps) in LEADING:
             notes["goals"] = GOALS
             if self.sizes == DIGITS:
@@ -119,12 +119,12 @@ class Loop:
         """What has to be captured is captured here, and what has to be compiled is at the first step."""
         self.case, (network, criterion, adam, self.way) = case, IMPLEMENTATIONS[case.implementation]
         torch.manual_seed(0)
-        start = reference.SimpleNN(*case.sizes).to(device).state_dict()
+        self.start = reference.SimpleNN(*case.sizes).to(device).state_dict()
         rows = ROWS.get(case.sizes[0], ROWS[64])
         self.inputs = torch.randn(rows, case.sizes[0], device=device)
         self.targets = torch.randint(case.sizes[2], (rows,), device=device)
         self.model = network(*case.sizes).to(device)
-        self.model.load_state_dict(start)
+        self.model.load_state_dict(self.start)
         self.criterion = criterion()
         options: dict[str, Any] = dict.fromkeys(adam, True)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.01, **options)
@@ -134,11 +134,11 @@ class Loop:
             self.rows = torch.arange(case.batch, device=device)
             self.graph = capture(self.captured, 1)
             self.advance = self.replay
-        self.restart(start)
+        self.restart()
 
-    def restart(self, start: dict[str, Tensor]) -> None:
+    def restart(self) -> None:
         """Parameters, Adam's state and the order of the batches are as before the first step."""
-        self.model.load_state_dict(start)
+        self.model.load_state_dict(self.start)
         for state in self.optimizer.state.values():
             for tensor in state.values():
                 tensor.zero_()
@@ -195,10 +195,29 @@ class Loop:
         if self.inputs.is_cuda:
             torch.cuda.synchronize()
 
+    def gradients(self) -> list[Tensor]:
+        """Those of the first step, by making it: Adam's first moments are a share of them then."""
+        self.losses(1)
+        gradients = [self.optimizer.state[w]["exp_avg"] / (1 - 0.9) for w in self.model.parameters()]
+        self.restart()
+        return gradients
+
     def check(self) -> None:
-        """Raise AssertionError unless the first losses are eager's."""
-        theirs = Loop(self.case._replace(implementation="eager"), self.inputs.device.type).losses(10)
-        torch.testing.assert_close(self.losses(10), theirs, rtol=CHECKED[self.case.precision], atol=0)
+        """Raise AssertionError unless the first gradients and losses are eager's."""
+        eager = Loop(self.case._replace(implementation="eager"), self.inputs.device.type)
+        for ours, theirs in zip(self.gradients(), eager.gradients(), strict=True):
+            error = torch.linalg.vector_norm(ours - theirs) / torch.linalg.vector_norm(theirs)
+            assert error <= CHECKED_GRADIENT[self.case.precision], f"the first gradient is off by {error:.2e}"
+        torch.testing.assert_close(self.losses(10), eager.losses(10), rtol=CHECKED[self.case.precision], atol=0)
+
+    def steps_a_round(self) -> int:
+        """What the case asks for, or what takes ROUND_SECONDS, by a first run of some steps."""
+        if PRETEND or self.case.steps:
+            return min(self.case.steps or 3, 3) if PRETEND else self.case.steps
+        self.run(100)
+        begin = time.perf_counter()
+        self.run(100)
+        return max(10, min(100_000, int(100 * ROUND_SECONDS / (time.perf_counter() - begin))))
 
     def engine(self) -> str:
         """Who makes the steps of train_steps, as `explain` says; makes one."""
@@ -211,13 +230,13 @@ def measure(case: Case, benchmark: Any) -> None:
         need(COMPILE_SECONDS)
     loop = Loop(case)
     loop.check()
+    steps = loop.steps_a_round()
     benchmark.group = case.group()
-    benchmark.extra_info |= case.notes()
+    benchmark.extra_info |= case.notes() | {"steps a round": steps}
     if loop.way == "train_steps":
         benchmark.extra_info["engine"] = engine = loop.engine()
         assert engine.startswith("train_steps: resident")
-    rounds = 5 if case.steps_a_round() >= 2_000 else 10
-    benchmark.pedantic(loop.run, args=(case.steps_a_round(),), rounds=rounds, warmup_rounds=1)
+    benchmark.pedantic(loop.run, args=(steps,), rounds=1 if PRETEND else 5, warmup_rounds=1)
 
 
 def each(cases: list[Case]) -> pytest.MarkDecorator:
@@ -280,6 +299,7 @@ print(time.perf_counter() - begin)
 
 
 @GPU
+@pytest.mark.extra
 @pytest.mark.benchmark(timer=Told.now)
 @pytest.mark.parametrize(
     ("precision", "implementation"),

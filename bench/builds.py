@@ -168,19 +168,21 @@ def training_calls(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
     else:
         cases += [(NETS[0], 32, NESTEROV), (NETS[0], 32, ADAMW), (NETS[0], 8, PLAIN), ((100, 96, 100), 32, EVERYTHING)]
     for sizes, batch, options in cases:
-        inputs, hidden, outputs = sizes
-        x, labels = (
-            torch.empty(60000, inputs, dtype=dtype, device="meta"),
-            torch.empty(60000, dtype=torch.int64, device="meta"),
-        )
-        weights = [x.new_empty(shape) for shape in ((hidden, inputs), (hidden,), (outputs, hidden), (outputs,))]
-        call = partial(
-            mlp_training.train_mlp, x, labels, labels, x.new_empty(outputs), weights, weights, weights,
-            x.new_empty(1000, 4, 9), options, batch_size=batch, position=0, epoch_rows=len(x), ignore_index=-100,
-            label_smoothing=0.1,
-        )  # fmt: skip
         kind = "default" if options == PLAIN else "all options" if options == EVERYTHING else options.rule
-        yield f"{DTYPE_NAMES[dtype]} {'-'.join(map(str, sizes))} batch {batch} {kind}", call
+        label = f"{DTYPE_NAMES[dtype]} {'-'.join(map(str, sizes))} batch {batch} {kind}"
+        yield label, partial(train, sizes, batch, dtype, options)
+
+
+def train(sizes: tuple[int, int, int], batch: int, dtype: torch.dtype, options: mlp_training.Options) -> None:
+    """Steps of a net on tensors without memory: what launches may be recorded."""
+    inputs, hidden, outputs = sizes
+    x = torch.empty(60000, inputs, dtype=dtype, device="meta")
+    labels = torch.empty(60000, dtype=torch.int64, device="meta")
+    weights = [x.new_empty(shape) for shape in ((hidden, inputs), (hidden,), (outputs, hidden), (outputs,))]
+    mlp_training.train_mlp(
+        x, labels, labels, x.new_empty(outputs), weights, weights, weights, x.new_empty(1000, 4, 9), options,
+        batch_size=batch, position=0, epoch_rows=len(x), ignore_index=-100, label_smoothing=0.1,
+    )  # fmt: skip
 
 
 def all_builds(architecture: str) -> Iterator[Build]:

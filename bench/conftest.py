@@ -21,6 +21,17 @@ BUDGETS = {
 """What the design allows. A benchmark may bring its own, as `extra_info["goals"]`: {baseline: the most of its time},
 and `extra_info["most us"]`, the most of a call or step; other groups are printed without a verdict."""
 
+COMPILED = {"liger": 1, "quack": 1, "cut-cross-entropy": 1, "torch.compile": 2, "torch.compile max-autotune": 3}
+"""Implementations that compile for seconds, and how late they run. Inductor runs last for another reason too: it tells
+Triton to use its ptxas in the whole process, and what is ours must be timed with Triton's own."""
+
+PRETEND = os.environ.get("FUSEDNN_PRETEND", "")
+"""What tests/pretended_card.py stands in for a GPU for, if it does. Then sizes are small, rounds few, and times mean
+nothing; the kernels are those of the real sizes."""
+
+ROUNDS_SECONDS = 0.2
+"""About how long the rounds of a benchmark on a GPU take together."""
+
 NOTED = ("kernels a call", "kernel us a call", "peak bytes over the inputs")
 """What of `extra_info` is printed beside the time, where the baseline has it too."""
 
@@ -31,6 +42,24 @@ DEADLINE = time.monotonic() + float(os.environ.get("FUSEDNN_BENCH_SECONDS", "inf
 def pytest_runtest_setup() -> None:
     """Skip what there is no time for."""
     need(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Eager and ours at all sizes come before any peer that compiles."""
+
+    def lateness(item: pytest.Item) -> int:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        return COMPILED.get(parameters.get("implementation"), 0)
+
+    items.sort(key=lateness)
+
+
+def amounts(seconds: float, most_calls: int) -> tuple[int, int]:
+    """How many calls a round, and how many rounds, of a call of so many seconds: 3 to 30 rounds, ROUNDS_SECONDS."""
+    if PRETEND:
+        return min(most_calls, 3), 1
+    calls = max(1, min(most_calls, int(ROUNDS_SECONDS / 10 / seconds)))
+    return calls, max(3, min(30, int(ROUNDS_SECONDS / (calls * seconds))))
 
 
 def need(seconds: float) -> None:
@@ -122,6 +151,21 @@ def capture(call: Callable[[], Any], calls: int = 10) -> torch.cuda.CUDAGraph:
         for _ in range(calls):
             call()
     return graph
+
+
+def repeat(call: Callable[[], Any], calls: int) -> None:
+    """So many calls, as a captured graph has."""
+    for _ in range(calls):
+        call()
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+    """About what a call takes when it is warm."""
+    repeat(call, 3)
+    torch.cuda.synchronize()
+    begin = Stamp()
+    call()
+    return Stamp() - begin
 
 
 class Told:

@@ -1,9 +1,11 @@
-"""On a GPU: the tests marked gpu, then every benchmark, within 9 minutes; needs no network and no virtual environment.
+"""On a GPU: the tests marked gpu, then the benchmarks, in the order of what is worth most; docs/on-a-gpu.md has more.
 
-    make gpu                 # or: python -m bench.gpu --out bench/results
+    python3 -m bench.gpu --minutes 5 --bundle results.tar.gz
+    python3 -m bench.gpu --minutes 5 --only linear,growth
 
-Each part is a process of its own with a share of the time; it writes its JSON and log when it ends, so that whatever is
-cut off loses one part only. What is not installed (a peer, pytest-benchmark) is skipped and said to be.
+It needs a GPU, torch, triton and pytest, and nothing else: no network, no make, no git. Each part is a process of its
+own with a share of the time. When it ends, its results lie in the folder and in the bundle before the next part begins.
+What is not installed (a peer, pytest-benchmark, pytest-xdist, compute-sanitizer) is left out and said to be.
 """
 
 import argparse
@@ -13,14 +15,49 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
+from collections import Counter
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
+
+from .watch import COMPILATIONS, OUTCOMES
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT = 9 * 60 - 15
-"""Seconds for everything, with some to spare for the last part to be stopped in: GRACE is below that."""
+
+MINUTES = 9.0
+"""For everything, by default."""
+
+LAST_BENCHMARK = 10
+"""Seconds that the last benchmark of a part may take. None begins later."""
+
+GRACE = 15
+"""Seconds in which a part whose time is over is to report after all. Then it is killed."""
+
+LEAST = 30
+"""Seconds under which a part is not begun."""
+
+PREPARED = ("tests", "step", "sweep", "cross_entropy", "growth", "linear", "sanitizer")
+"""The parts whose kernels `--prepare` compiles: those that measure ours."""
+
+
+class Part(NamedTuple):
+    """A part: the most seconds it may take, the arguments of Python, what it needs, and whether it is always run."""
+
+    seconds: int
+    arguments: list[str]
+    needs: str = "pytest_benchmark"
+    always: bool = True
+
+
+def benchmark(file: str, tests: str = "") -> list[str]:
+    """Python's arguments for the benchmarks of a file whose names have one of `tests`."""
+    chosen = ["-k", tests] if tests else []
+    return ["-m", "pytest", f"bench/{file}.py", *chosen, "-W", "default", "--benchmark-only"]
+
 
 GPU_TEST = re.compile(r"\bdevice: str\b|\bmark\.gpu\b")
 """What a test file has if a test of it runs on a GPU: it takes tests/conftest.py's `device`, or is marked by itself."""
@@ -30,18 +67,22 @@ TESTS = [
     for file in sorted((ROOT / "tests").rglob("test_*.py"))
     if GPU_TEST.search(file.read_text(encoding="utf-8"))
 ]
-"""Files with tests marked gpu. They run at once, a process each: they mostly wait for the compiler."""
+"""Files with tests marked gpu. Others need packages that a machine with a GPU may not have."""
 
-BENCHMARKS = {"train_steps": 150, "simple_nn": 40, "linear": 100, "cross_entropy": 80, "python": 50}
-"""bench_<name>.py and the most seconds it may take, in order of what is worth most if time runs out."""
-
-TEST_SECONDS = 300
-
-LAST_BENCHMARK = 20
-"""Seconds that the last benchmark of a part may take, and pytest to write its JSON."""
-
-GRACE = 10
-"""Seconds in which a part that takes longer is to write its JSON after all."""
+PARTS = {
+    "tests": Part(120, ["-m", "pytest", "--tb=short", "-rfE", "-m", "gpu"], "pytest"),
+    "step": Part(80, benchmark("bench_train_steps", "test_step or test_call")),
+    "sweep": Part(70, ["-m", "bench.sweep"], "torch"),
+    "cross_entropy": Part(70, benchmark("bench_cross_entropy")),
+    "linear": Part(90, benchmark("bench_linear")),
+    "compiled": Part(80, benchmark("bench_train_steps", "test_compiled_step")),
+    "growth": Part(60, benchmark("bench_train_steps", "test_growth")),
+    "sanitizer": Part(60, ["-m", "bench.sanitizer"], "torch"),
+    "python": Part(60, benchmark("bench_python"), always=False),
+    "simple_nn": Part(40, benchmark("bench_simple_nn"), always=False),
+    "cold": Part(240, benchmark("bench_train_steps", "test_cold"), always=False),
+}
+"""In the order of what is worth most if time runs out."""
 
 
 def card() -> str | None:
@@ -53,59 +94,198 @@ def card() -> str | None:
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
 
 
-def start(arguments: list[str], log: Path, seconds: float) -> subprocess.Popen[bytes]:
-    """A pytest process of compiled kernels, its output in `log`; after `seconds` it starts no more benchmarks."""
-    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT), "FUSEDNN_BENCH_SECONDS": str(seconds)}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *arguments]
-    with log.open("wb") as file:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+class Run:
+    """A run of parts on one card, and what they leave in a folder, in files that begin with the card's name."""
+
+    def __init__(self, name: str, options: argparse.Namespace) -> None:
+        self.name, self.options, self.out = name, options, options.out
+        self.begin = time.monotonic()
+        self.end = self.begin + 60 * options.minutes
+        self.ended: dict[str, dict[str, object]] = {}
+        self.out.mkdir(parents=True, exist_ok=True)
+
+    def file(self, ending: str) -> Path:
+        """A file of results."""
+        return Path(self.out / f"{self.name}-{ending}")
+
+    def environment(self, part: str, seconds: float, compilations: str) -> dict[str, str]:
+        """Kernels are compiled, and peers are found where the caller's PYTHONPATH has them."""
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ours = {
+            "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "TRITON_INTERPRET": "0",
+            "FUSEDNN_BENCH_SECONDS": str(seconds - GRACE - LAST_BENCHMARK), COMPILATIONS: compilations,
+        }  # fmt: skip
+        if part == "tests":
+            ours |= {OUTCOMES: str(self.file("tests.jsonl")), "OMP_NUM_THREADS": "1"}
+        if self.options.pretend:
+            ours["FUSEDNN_PRETEND"] = self.options.pretend
+        if self.options.prepare:
+            ours |= {"TRITON_CACHE_DIR": str(self.options.prepare), "TRITON_STORE_BINARY_ONLY": "1"}
+        return os.environ | ours
+
+    def command(self, part: str, again: list[str]) -> list[str]:
+        """The process of a part; `again` are the tests to run if not all."""
+        arguments, pretend = list(PARTS[part].arguments), self.options.pretend
+        if arguments[1] == "pytest":
+            arguments += ["-v", "-p", "bench.watch", "-p", "no:cacheprovider"]
+            arguments += ["-p", "tests.pretended_card"] if pretend else []
+        elif pretend:
+            arguments.insert(1, "tests.pretended_card")
+        if part == "tests":
+            arguments += again or TESTS
+            if find_spec("xdist") is not None:
+                arguments += ["-n", str(min(14, os.cpu_count() or 1)), "--dist", "worksteal"]
+        elif arguments[1] == "pytest":
+            arguments.append(f"--benchmark-json={self.file(f'{part}.json')}")
+            arguments += [] if self.options.all else ["-m", "not extra"]
+        else:
+            arguments.append(f"--json={self.file(f'{part}.json')}")
+        if self.options.prepare:
+            arguments = ["-O", *arguments, *(["--assert=plain"] if arguments[1] == "pytest" else [])]
+        return [sys.executable, *arguments]
+
+    def run(self, part: str, again: list[str]) -> None:
+        """Run a part within its time, and note how it ended."""
+        needs = PARTS[part].needs
+        if find_spec(needs) is None:
+            return self.note(part, f"left out: {needs} is not installed", {})
+        seconds = min(PARTS[part].seconds, self.end - time.monotonic()) if not self.options.pretend else 3600.0
+        if seconds < LEAST:
+            return self.note(part, "not reached: no time left", {})
+        with tempfile.TemporaryDirectory() as folder, self.file(f"{part}.log").open("wb") as log:
+            compilations = Path(folder) / "compilations"
+            environment = self.environment(part, seconds, str(compilations))
+            begin = time.monotonic()
+            process = subprocess.Popen(
+                self.command(part, again), cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+            status = finish(process, seconds - GRACE)
+            taken = round(time.monotonic() - begin, 1)
+            self.note(part, status, {"seconds": taken} | compiled(compilations))
+        return None
+
+    def note(self, part: str, status: str, more: dict[str, object]) -> None:
+        """Write down and print how a part ended, and pack what there is."""
+        self.ended[part] = {"status": status} | more
+        log = self.file(f"{part}.log")
+        last = log.read_text(errors="replace").strip().splitlines()[-1:] if log.exists() and more else []
+        kernels = f", kernels: {more['found']} found compiled, {more['compiled']} compiled" if more else ""
+        line = f"{time.monotonic() - self.begin:5.0f} s  {part}: {status}{kernels}"
+        print(line, *last, sep="\n         ", flush=True)
+        self.file("parts.json").write_text(json.dumps(self.ended, indent=1) + "\n")
+        if self.options.bundle:
+            pack(self.options.bundle, sorted(self.out.glob(f"{self.name}-*")))
+
+    def failed(self) -> list[str]:
+        """The tests whose last outcome here is a failure."""
+        lines = self.file("tests.jsonl").read_text(encoding="utf-8").splitlines()
+        last: dict[str, bool] = {}
+        for line in map(json.loads, lines):
+            last[line["test"]] = line["outcome"] == "failed"
+        return [test for test, failed in last.items() if failed]
 
 
-def finish(process: subprocess.Popen[bytes], seconds: float, grace: float = 0) -> str:
-    """How the process ended, at the latest in so many seconds, or after a `grace` to write what it has."""
-    with suppress(subprocess.TimeoutExpired):
+def finish(process: "subprocess.Popen[bytes]", seconds: float) -> str:
+    """How the process ended, at the latest in so many seconds and GRACE; Ctrl-C ends it sooner."""
+    try:
         return f"exit status {process.wait(max(seconds, 0))}"
-    process.send_signal(signal.SIGINT)  # on which pytest ends the session, and pytest-benchmark writes its JSON
+    except subprocess.TimeoutExpired:
+        return stop(process, "out of time")
+    except KeyboardInterrupt:
+        stop(process, "")
+        raise
+
+
+def stop(process: "subprocess.Popen[bytes]", status: str) -> str:
+    """Ask the process to end, on which pytest reports and pytest-benchmark writes its JSON; at last kill its group."""
+    process.send_signal(signal.SIGINT)
     with suppress(subprocess.TimeoutExpired):
-        process.wait(grace)
-    process.kill()
-    process.wait()
-    return "out of time"
+        process.wait(GRACE)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return status if process.wait() != -signal.SIGKILL else f"{status}, and killed"
+
+
+def compiled(file: Path) -> dict[str, object]:
+    """How many kernels of ours were found compiled and how many were compiled, and which."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    new = Counter(line["kernel"] for line in lines if not line["found"])
+    return {"found": len(lines) - new.total(), "compiled": new.total(), "kernels": dict(new)}
+
+
+def pack(bundle: Path, files: list[Path]) -> None:
+    """An archive of the files, which is whole at any time."""
+    unfinished = bundle.with_name(f"{bundle.name}.unfinished")
+    with tarfile.open(unfinished, "w:gz") as archive:
+        for file in files:
+            archive.add(file, file.name)
+    unfinished.replace(bundle)
+
+
+def relocate(cache: Path) -> None:
+    """Triton writes into its cache where the cache lies: make that true again of one that was moved."""
+    for group in cache.glob("*/__grp__*.json"):
+        paths = json.loads(group.read_text())["child_paths"]
+        here = {name: str(group.parent / name) for name in paths}
+        if here != paths:
+            group.write_text(json.dumps({"child_paths": here}))
+
+
+def prepared(cache: Path) -> None:
+    """Pack what was compiled, without what a run does not read."""
+    for file in cache.glob("*/*.source"):
+        file.unlink()
+    archive = cache.with_name(f"{cache.name}.tar.xz")
+    with tarfile.open(archive, "w:xz") as packed:
+        packed.add(cache, cache.name)
+    folders = sum(1 for _ in cache.glob("*/*.cubin"))
+    print(f"{folders} kernels in {cache}, {archive.stat().st_size / 2**20:.1f} MiB packed in {archive}")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(prog="python3 -m bench.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts; default: %(default)s")
+    parser.add_argument("--only", metavar="PART,...", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--failed", action="store_true", help="run the tests that failed in the run before, no more")
+    parser.add_argument("--all", action="store_true", help="also cold first calls, Python alone, max-autotune")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the results; default: bench/results")
+    parser.add_argument("--bundle", type=Path, metavar="FILE", help="an archive (tar.gz) of the results so far")
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU: all parts, small, on a pretended H100")
+    parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="without a GPU: compile for an H100 into FOLDER")
+    options = parser.parse_args(arguments)
+    options.pretend = "compile" if options.prepare else "sample" if options.rehearse else ""
+    options.out = options.out or ROOT / ("build/pretended" if options.pretend else "bench/results")
+    known = [name for name, part in PARTS.items() if part.always or options.all]
+    wanted = options.only.split(",") if options.only else ["tests"] if options.failed else known
+    if unknown := set(wanted) - set(PARTS):
+        parser.error(f"unknown parts {sorted(unknown)}; known are {list(PARTS)}")
+    options.parts = [name for name in PARTS if name in wanted and not (options.prepare and name not in PREPARED)]
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run all parts; 1 if a test failed, 2 if there is no GPU or no pytest."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="default: %(default)s")
-    options = parser.parse_args(arguments)
-    name = card()
+    """Run the parts; 1 if a test failed or the tests did not end, 2 if there is no GPU or no pytest."""
+    options = parse(arguments)
+    name = "pretended-h100" if options.pretend else card()
     if name is None or find_spec("pytest") is None:
         print("error: this needs a GPU that torch can use, and pytest", file=sys.stderr)
         return 2
-    options.out.mkdir(parents=True, exist_ok=True)
-    begin, ended = time.monotonic(), dict.fromkeys([*TESTS, *BENCHMARKS], "not reached: no time left")
-
-    def left(most: float) -> float:
-        return min(most, LIMIT - (time.monotonic() - begin))
-
-    def note(part: str, status: str) -> None:
-        ended[part] = status
-        print(f"{time.monotonic() - begin:5.0f} s  {part}: {status}", flush=True)
-        (options.out / f"{name}-parts.json").write_text(json.dumps(ended, indent=1) + "\n")
-
-    logs = [options.out / f"{name}-{'-'.join(Path(file).with_suffix('').parts[1:])}.log" for file in TESTS]
-    processes = [start([file, "-m", "gpu"], log, TEST_SECONDS) for file, log in zip(TESTS, logs, strict=True)]
-    for file, process, log in zip(TESTS, processes, logs, strict=True):
-        status = finish(process, left(TEST_SECONDS - (time.monotonic() - begin)))
-        note(file, f"{status}, {(log.read_text().strip() or 'no output').splitlines()[-1]}")
-    for part, most in BENCHMARKS.items():
-        if find_spec("pytest_benchmark") is None:
-            note(part, "skipped: pytest-benchmark is not installed")
-        elif left(most) > 2 * LAST_BENCHMARK:
-            files = [options.out / f"{name}-{part}.{suffix}" for suffix in ("json", "log")]
-            arguments = [f"bench/bench_{part}.py", "-W", "default", "--benchmark-only", f"--benchmark-json={files[0]}"]
-            note(part, finish(start(arguments, files[1], left(most) - LAST_BENCHMARK), left(most), GRACE))
-    return int(any(not ended[file].startswith("exit status 0") for file in TESTS))
+    run = Run(name, options)
+    if "TRITON_CACHE_DIR" in os.environ:
+        relocate(Path(os.environ["TRITON_CACHE_DIR"]))
+    again = run.failed() if options.failed else []
+    if options.failed and not again:
+        print("no test failed in the run before")
+        return 0
+    with run.file("machine.txt").open("w") as file:
+        subprocess.run([sys.executable, "-m", "torch.utils.collect_env"], check=False, stdout=file, stderr=file)
+    for part in options.parts:
+        run.run(part, again)
+    if options.prepare:
+        prepared(options.prepare)
+    return int(run.ended.get("tests", {}).get("status", "exit status 0") != "exit status 0")
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ from triton.backends.compiler import GPUTarget
 
 
 class Driver:
-    """A driver for an H100 that is not there: what reaches a launcher is the last element of `launches`."""
+    """A driver for an H100, or another, that is not there: what reached a launcher is the last of `launches`."""
 
-    def __init__(self) -> None:
+    def __init__(self, architecture: int = 90) -> None:
+        self.target = GPUTarget("cuda", architecture, 32)
         self.device = self.home = 0
         self.stream = 7
         self.loaded = 0
@@ -62,8 +63,8 @@ class Driver:
         return self.stream + 1000 * device
 
     def get_current_target(self) -> GPUTarget:
-        """An H100."""
-        return GPUTarget("cuda", 90, 32)
+        """An H100, or another."""
+        return self.target
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         """What Triton asks about."""

@@ -144,15 +144,14 @@ def read_nvidia(compiled: list[Any], target: str) -> list[dict[str, int]]:
     instructions = [(int(address, 16), name) for address, name in re.findall(pattern, text)]
     read, begin = [], 0
     for one, code in zip(compiled, codes, strict=True):
-        usage_text = run_on(one.asm["cubin"], triton.knobs.nvidia.cuobjdump.path, "-res-usage")
-        usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED):(\d+)", usage_text)}
+        used = usage(one.asm["cubin"])
         found = Counter(name for address, name in instructions if begin <= address < begin + len(code))
         begin += len(code)
         read.append(
             {
-                "registers": usage["REG"],
-                "stack": usage["STACK"],
-                "shared": usage["SHARED"] + one.metadata.shared,
+                "registers": used["REG"],
+                "stack": used["STACK"],
+                "shared": used["SHARED"] + one.metadata.shared,
                 "spills": total(found, r"LDL|STL"),
                 "tensor_core": total(found, r"([HDIQO]|HG|IG|QG)MMA|UTC\w*MMA"),
                 "warp_group": total(found, r"[HIQ]GMMA|UTC\w*MMA"),
@@ -162,6 +161,12 @@ def read_nvidia(compiled: list[Any], target: str) -> list[dict[str, int]]:
             }
         )
     return read
+
+
+def usage(cubin: bytes) -> dict[str, int]:
+    """Registers and bytes of local memory of a thread, and bytes of shared memory: REG, STACK, SHARED."""
+    text = run_on(cubin, triton.knobs.nvidia.cuobjdump.path, "-res-usage")
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED):(\d+)", text)}
 
 
 def run_on(content: bytes, *command: str) -> str:
@@ -237,9 +242,11 @@ def measure(tasks: list[Task]) -> list[dict[str, Any]]:
     return results
 
 
-def workers(jobs: int) -> ProcessPoolExecutor:
-    """Processes that compile; spawned, since Triton's threads do not survive a fork."""
-    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+def workers(jobs: int, *initializer: Any) -> ProcessPoolExecutor:
+    """Processes that compile; spawned, since Triton's threads do not survive a fork. `initializer`: call, arguments."""
+    first, *arguments = initializer or (None,)
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(jobs, mp_context=context, initializer=first, initargs=tuple(arguments))
 
 
 TOGETHER = 16

@@ -250,7 +250,7 @@ CONFIGS = {
     # (block_b, block_h, block_i, num_warps, num_stages) with the largest tiles of the batch, hidden units and inputs.
     # All unmeasured: chosen for the fewest instructions a step that spill at most 32 bytes (`make resources`).
     ("sm_90", "tf32"): (
-        (32, None, (32, 128, 64, 8, 2)), (None, 64, (64, 64, 64, 8, 1)), (None, None, (64, 64, 64, 8, 2)),
+        (32, None, (32, 128, 64, 8, 2)), (None, 64, (64, 32, 64, 8, 1)), (None, None, (64, 64, 64, 8, 2)),
     ),
     ("sm_100", "tf32"): ((32, None, (32, 128, 64, 8, 1)), (None, None, (64, 64, 64, 8, 1))),
     ("sm_80", "tf32"): ((32, None, (32, 64, 64, 8, 1)), (None, None, (64, 64, 64, 8, 1))),
@@ -270,6 +270,9 @@ MOST_WEIGHTS = 2048
 MOST_REGISTERS = 255
 """ptxas may give each thread of an NVIDIA GPU so many. Left alone it keeps to half of them, for a second program that
 there is not, and spills; or falls off its cliff (see `bench/resources.py`)."""
+
+REGISTERS = 65536
+"""What a multiprocessor of an NVIDIA GPU has for all threads of a program."""
 
 SMALLEST = 16
 """tl.dot takes no tile with fewer rows or columns."""
@@ -318,8 +321,8 @@ def plan_training(
     sizes: Sizes, has_b1: bool, has_b2: bool, options: Options, architecture: str, dtype: torch.dtype, precision: str
 ) -> tuple[Launch, int]:
     """The launch of mlp_training_kernel, and how many columns its dy has."""
-    most_registers = None if architecture == "other" else MOST_REGISTERS
     *most, warps, stages = choose(sizes, architecture, "fp64" if dtype == torch.float64 else precision)
+    most_registers = None if architecture == "other" else min(MOST_REGISTERS, REGISTERS // (32 * warps))
     tiles = zip(most, (sizes.batch, sizes.hidden, sizes.inputs), strict=True)
     block_b, block_h, block_i = (min(most, block(size)) for most, size in tiles)
     block_o = block(sizes.outputs)

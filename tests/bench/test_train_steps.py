@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench import bench_train_steps, conftest, gpu
-from bench.bench_train_steps import COLD, DIGITS, IMPLEMENTATIONS, LEADING, MNIST, Case, Loop
+from bench import bench_train_steps, conftest
+from bench.bench_train_steps import COLD, DIGITS, IMPLEMENTATIONS, LEADING, Case, Loop
 
 CASES = [*bench_train_steps.long_cases(), *bench_train_steps.call_cases(), *bench_train_steps.growth_cases()]
 
@@ -39,9 +39,21 @@ def test_every_loop_has_the_losses_of_eager(name: str) -> None:
     assert int(loop.optimizer.state[next(loop.model.parameters())]["step"]) == 12
 
 
-def test_a_loop_that_does_something_else_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Loop, "train", lambda loop, steps: torch.full((steps,), 2.3))
-    with pytest.raises(AssertionError):
+@pytest.mark.parametrize(("place", "what"), [(0, "gradient"), (1, "gradient"), (3, "gradient"), (None, "not close")])
+def test_a_loop_that_does_something_else_is_noticed(
+    place: int | None, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gradient, or the losses."""
+    train = Loop.train
+
+    def wrong(loop: Loop, steps: int) -> torch.Tensor:
+        losses = train(loop, steps)
+        if place is not None:
+            loop.optimizer.state[[*loop.model.parameters()][place]]["exp_avg"] *= 1.2
+        return losses if place is not None else losses * 1.05
+
+    monkeypatch.setattr(Loop, "train", wrong)
+    with pytest.raises(AssertionError, match=what):
         Loop(Case(DIGITS, 32, 0, "tf32", "fusednn"), "cpu").check()
 
 
@@ -66,9 +78,6 @@ def test_cases_are_each_once_and_the_best_first() -> None:
         "training step, 784-128-10, batch 128, tf32": None,
         "training step, 784-128-10, batch 128, ieee": None,
     }
-    assert Case(DIGITS, 32, 0, "ieee", "fusednn").steps_a_round() == 10_000
-    assert Case(MNIST, 128, 0, "ieee", "fusednn").steps_a_round() == 2_000
-    assert Case(DIGITS, 32, 1, "ieee", "eager").steps_a_round() == 1
 
 
 def timed(seconds: float, **notes: Any) -> Any:
@@ -85,10 +94,3 @@ def test_the_summary_holds_goals_and_microseconds() -> None:
     assert peer == "g: CUDA graph 28.00 us, 0.112 of eager's 250.00 us"
     ours.extra_info["most us"] = 3
     assert conftest.summary("g", {"fusednn": ours}) == ["g: fusednn 4.00 us (budget 3 us: BROKEN)"]
-
-
-def test_gpu_runs_every_benchmark_within_its_limit() -> None:
-    files = {file.stem.removeprefix("bench_") for file in (gpu.ROOT / "bench").glob("bench_*.py")}
-    assert set(gpu.BENCHMARKS) == files - {"native"}  # which is for a CPU
-    assert sum(gpu.BENCHMARKS.values()) <= gpu.LIMIT
-    assert next(iter(gpu.BENCHMARKS)) == "train_steps"

@@ -1,0 +1,99 @@
+"""Every kernel under NVIDIA's compute-sanitizer: accesses outside of the tensors, and races over shared memory.
+
+    python -m bench.sanitizer          # on a GPU; with --once it only launches, for the sanitizer to watch
+
+The training kernel makes 100 steps; each other kernel runs at a few sizes, once. Only kernels of ours are watched. A
+race over global memory is not seen: tests/test_real_sizes.py compares bits for that.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fusednn import CrossEntropyLoss, SimpleNN, functional, train_steps
+from fusednn.kernels import adam, cross_entropy, linear, mlp_training
+
+from . import watch
+
+MODULES = (linear, cross_entropy, mlp_training, adam)
+
+KERNELS = sorted({name for module in MODULES for name in vars(module) if name.endswith("_kernel")})
+"""All that launch."""
+
+TOOLS = ("memcheck", "racecheck")
+
+
+def launch_all(device: str = "cuda") -> None:
+    """Launch each kernel: ragged sizes, so that every mask has something to hide."""
+    torch.manual_seed(0)
+    for sizes, batch in (((64, 128, 10), 32), ((100, 96, 100), 48)):
+        model = nn.Sequential(nn.Linear(*sizes[:2]), nn.ReLU(), nn.Linear(*sizes[1:])).to(device)
+        x, t = torch.randn(250, sizes[0], device=device), torch.randint(sizes[2], (250,), device=device)
+        train_steps(model, torch.optim.Adam(model.parameters()), x, t, batch_size=batch, steps=100)
+
+    step = torch.zeros(1, dtype=torch.int64, device=device)
+    w, table = torch.randn(1500, device=device), torch.ones(1, 1, int(adam.ROW), device=device)
+    adam.optimizer_step(w, w.clone(), w.abs(), w.clone(), table, step, 0, ("adam", False, False, False))
+
+    net, criterion = SimpleNN(100, 96, 10).to(device), CrossEntropyLoss()
+    for rows in (33, 5000):  # one program and many, without splits and with
+        x, t = torch.randn(rows, 100, device=device, requires_grad=True), torch.randint(10, (rows,), device=device)
+        criterion(net(x), t).backward()
+    for classes in (10, 1000, 40000):
+        logits = torch.randn(2100 if classes == 10 else 5, classes, device=device, requires_grad=True)
+        t = torch.randint(classes, (len(logits),), device=device)
+        (2 * functional.cross_entropy(logits, t, label_smoothing=0.1)).backward()
+
+
+def sanitize(tool: str, seconds: float | None) -> dict[str, object]:
+    """Run this module under a tool; what it said."""
+    options = ["--error-exitcode=9", "--report-api-errors=no", "--target-processes=application-only"]
+    names = [f"--kernel-name=kne={name}" for name in KERNELS]
+    once = [sys.executable, "-m", "bench.sanitizer", "--once"]
+    command = ["compute-sanitizer", f"--tool={tool}", *options, *names, *once]
+    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor its own allocation, past whose end an access is seen
+    try:
+        done = subprocess.run(
+            command, env=os.environ | alone, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+            timeout=seconds,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        said = error.stdout or b""
+        return {"status": "out of time", "said": said.decode(errors="replace") if isinstance(said, bytes) else said}
+    return {"status": f"exit status {done.returncode}", "said": done.stdout}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """1 if a tool found something or could not run."""
+    parser = argparse.ArgumentParser(prog="python -m bench.sanitizer", description=__doc__.splitlines()[0])
+    parser.add_argument("--once", action="store_true", help="launch each kernel, and no more")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what the tools said to FILE")
+    options = parser.parse_args(arguments)
+    watch.compilations()
+    if options.once:
+        launch_all()
+        torch.cuda.synchronize()
+        return 0
+    if shutil.which("compute-sanitizer") is None:
+        launch_all()
+        print("left out: compute-sanitizer is not installed; the kernels ran without it")
+        return 0
+    launch_all()  # so that what has to be compiled is, at full speed
+    limit = os.environ.get("FUSEDNN_BENCH_SECONDS")
+    said = {tool: sanitize(tool, float(limit) / len(TOOLS) if limit else None) for tool in TOOLS}
+    if options.json:
+        options.json.write_text(json.dumps(said, indent=1) + "\n")
+    for tool, result in said.items():
+        print(f"{tool}: {result['status']}", result["said"], sep="\n")
+    return int(any(result["status"] != "exit status 0" for result in said.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""What a process of a run on a GPU leaves as it goes: how each test ended, and which kernels had to be compiled.
+
+A pytest plugin (`-p bench.watch`), and `compilations()` for what is no test. Each line is written when it is known, to
+the files that the environment names, so that a process that is killed has left all that it knew.
+"""
+
+import json
+import os
+from typing import Any
+
+import pytest
+
+OUTCOMES, COMPILATIONS = "FUSEDNN_OUTCOMES", "FUSEDNN_COMPILATIONS"
+"""The variables that name the files; without them nothing is written."""
+
+
+def append(variable: str, **line: Any) -> None:
+    """A line of JSON, written at once: several processes write to one file."""
+    if name := os.environ.get(variable):
+        with open(name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def compilations() -> None:
+    """Note each kernel of ours that Triton compiles from now on, or finds compiled in its cache."""
+    if COMPILATIONS not in os.environ:
+        return
+    from triton import knobs
+
+    def listener(src: Any, cache_hit: bool, **more: Any) -> None:
+        if getattr(getattr(src, "fn", None), "__module__", "").startswith("fusednn."):
+            append(COMPILATIONS, kernel=src.name, found=cache_hit)
+
+    knobs.compilation.listener = listener
+
+
+class Outcomes:
+    """How each test ended; of setup and teardown only that they failed."""
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Of a pool all come through here."""
+        if report.when == "call" or not report.passed:
+            append(OUTCOMES, test=report.nodeid, outcome=report.outcome, seconds=round(report.duration, 3))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Each process compiles; the one that reports, which is no worker of a pool, has the outcomes."""
+    compilations()
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Outcomes())

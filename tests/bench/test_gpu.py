@@ -1,0 +1,212 @@
+"""A run on a GPU, as far as it can be seen without one: its plan, what it leaves when it is cut off, and its parts on
+a pretended card."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import gpu
+
+STUB = '''
+import sys
+from pathlib import Path
+from bench import gpu
+
+hanging, stubborn, out = sys.argv[1], sys.argv[2] == "stubborn", sys.argv[3]
+gpu.card = lambda: "stub"
+gpu.GRACE, gpu.LEAST = 1, 0
+WRITE = """
+import signal, sys, time
+open(sys.argv[1].removeprefix("--json="), "w").write("{}")
+print("begun", flush=True)
+"""
+HANG = "signal.signal(signal.SIGINT, signal.SIG_IGN)\\n" * stubborn + "while True: time.sleep(0.1)"
+gpu.PARTS = {
+    name: gpu.Part(3 if name == hanging else 30, ["-c", WRITE + HANG * (name == hanging)], "json") for name in "abcd"
+}
+sys.exit(gpu.main(["--minutes", "1", "--out", out, "--bundle", f"{out}/bundle.tar.gz"]))
+'''
+"""A run of four parts, one of which does not end."""
+
+
+def start(folder: Path, hanging: str, how: str = "stubborn") -> "subprocess.Popen[str]":
+    environment = os.environ | {"PYTHONPATH": str(gpu.ROOT)}
+    command = [sys.executable, "-c", STUB, hanging, how, str(folder)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def packed(folder: Path) -> set[str]:
+    with tarfile.open(folder / "bundle.tar.gz") as bundle:
+        return set(bundle.getnames())
+
+
+@pytest.mark.parametrize("part", "abcd")
+def test_a_run_that_is_killed_keeps_all_parts_before(part: str, tmp_path: Path) -> None:
+    run = start(tmp_path, part)
+    log = tmp_path / f"stub-{part}.log"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and "begun" in log.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.communicate()
+    before = "abcd"[: "abcd".index(part)]
+    for name in before:
+        assert {f"stub-{name}.json", f"stub-{name}.log", "stub-parts.json"} <= packed(tmp_path)
+        assert (tmp_path / f"stub-{name}.json").read_text() == "{}"
+    if before:
+        assert [*json.loads((tmp_path / "stub-parts.json").read_text())] == [*before]
+
+
+@pytest.mark.parametrize(("how", "status"), [("stubborn", "out of time, and killed"), ("", "out of time")])
+def test_a_part_that_does_not_end_costs_that_part(how: str, status: str, tmp_path: Path) -> None:
+    run = start(tmp_path, "b", how)
+    said, _ = run.communicate(timeout=60)
+    assert run.returncode == 0
+    ended = json.loads((tmp_path / "stub-parts.json").read_text())
+    assert {name: part["status"] for name, part in ended.items()} == {
+        "a": "exit status 0", "b": status, "c": "exit status 0", "d": "exit status 0",
+    }  # fmt: skip
+    assert {f"stub-{name}.json" for name in "abcd"} <= packed(tmp_path)
+    assert f"b: {status}" in said
+
+
+TESTS = """
+import time, pytest
+
+@pytest.mark.parametrize("n", range(4))
+def test_ends(n): assert n != 2, "two is wrong"
+
+def test_hangs():
+    while True: time.sleep(0.1)
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_tests_that_are_cut_off_report(workers: int, tmp_path: Path) -> None:
+    """What failed is in the log and in the file of outcomes, from where `--failed` takes it."""
+    (tmp_path / "test_it.py").write_text(TESTS)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    run = gpu.Run("stub", gpu.parse(["--out", str(tmp_path)]))
+    environment = run.environment("tests", 60, str(tmp_path / "compilations"))
+    options = ["-v", "--tb=short", "-rfE", "-p", "bench.watch", "-p", "no:cacheprovider"]
+    options += ["-n", str(workers)] if workers else []
+    command = [sys.executable, "-m", "pytest", *options, str(tmp_path), "--rootdir", str(tmp_path)]
+    with run.file("tests.log").open("w") as log:
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        deadline = time.monotonic() + 60
+        while not run.file("tests.jsonl").exists() or len(run.file("tests.jsonl").read_text().splitlines()) < 4:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert gpu.finish(process, 0) == "out of time"
+    said = run.file("tests.log").read_text()
+    assert "two is wrong" in said
+    assert "FAILED test_it.py::test_ends[2]" in said
+    assert run.failed() == ["test_it.py::test_ends[2]"]
+    with run.file("tests.jsonl").open("a") as file:
+        file.write(json.dumps({"test": "test_it.py::test_ends[2]", "outcome": "passed"}) + "\n")
+    assert run.failed() == []
+
+
+def options_of(*arguments: str) -> Any:
+    return gpu.parse([*arguments, "--out", "/nowhere"])
+
+
+def test_the_plan() -> None:
+    parts = ["tests", "step", "sweep", "cross_entropy", "linear", "compiled", "growth", "sanitizer"]
+    assert options_of().parts == parts
+    assert options_of("--all").parts[: len(parts)] == parts
+    assert options_of("--only", "linear,cross_entropy").parts == ["cross_entropy", "linear"]
+    assert options_of("--failed").parts == ["tests"]
+    assert sum(gpu.PARTS[part].seconds for part in parts[:4]) < 345  # what 5 minutes hold, since most tests end sooner
+    with pytest.raises(SystemExit):
+        options_of("--only", "nothing")
+
+
+def test_every_benchmark_is_in_a_part() -> None:
+    files = {file.stem for file in (gpu.ROOT / "bench").glob("bench_*.py")} - {"bench_native"}  # which is for a CPU
+    run = {Path(word).stem for part in gpu.PARTS.values() for word in part.arguments if word.startswith("bench/")}
+    assert run == files
+    assert "tests/test_real_sizes.py" in gpu.TESTS
+
+
+def test_a_part_finds_the_callers_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/peers")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/cache")
+    run = gpu.Run("stub", gpu.parse(["--out", str(tmp_path)]))
+    environment = run.environment("step", 60, "")
+    assert environment["PYTHONPATH"] == f"{gpu.ROOT}{os.pathsep}/peers"
+    assert environment["TRITON_CACHE_DIR"] == "/cache"
+    assert "FUSEDNN_PRETEND" not in environment
+    assert "tests.pretended_card" not in run.command("step", [])
+    assert run.command("step", [])[-2:] == ["-m", "not extra"]
+
+
+def test_a_run_with_no_time_left_begins_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = gpu.Run("stub", gpu.parse(["--out", str(tmp_path), "--minutes", "0.1"]))
+    run.run("tests", [])
+    assert "tests: not reached: no time left" in capsys.readouterr().out
+
+
+def test_what_is_not_installed_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gpu.PARTS, "linear", gpu.PARTS["linear"]._replace(needs="no_such_package"))
+    run = gpu.Run("stub", gpu.parse(["--out", str(tmp_path)]))
+    run.run("linear", [])
+    assert run.ended == {"linear": {"status": "left out: no_such_package is not installed"}}
+
+
+def test_without_a_gpu_it_says_what_it_needs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "card", lambda: None)
+    assert gpu.main(["--out", "/nowhere"]) == 2
+    assert "needs a GPU" in capsys.readouterr().err
+
+
+def test_a_cache_that_was_moved_is_found(tmp_path: Path) -> None:
+    (tmp_path / "KEY").mkdir()
+    group = tmp_path / "KEY" / "__grp__kernel.json"
+    group.write_text(json.dumps({"child_paths": {"kernel.cubin": "/elsewhere/KEY/kernel.cubin"}}))
+    gpu.relocate(tmp_path)
+    assert json.loads(group.read_text()) == {"child_paths": {"kernel.cubin": str(tmp_path / "KEY" / "kernel.cubin")}}
+
+
+def on_pretended_card(tmp_path: Path, *arguments: str, **environment: str) -> dict[str, Any]:
+    """How the parts ended."""
+    command = [sys.executable, "-m", "bench.gpu", "--out", str(tmp_path / "out"), *arguments]
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_INTERPRET")}
+    done = subprocess.run(
+        command, cwd=gpu.ROOT, env=variables | environment, capture_output=True, text=True, check=False
+    )
+    logs = "\n".join(file.read_text() for file in (tmp_path / "out").glob("*.log"))
+    assert done.returncode == 0, done.stdout + done.stderr + logs
+    parts: dict[str, Any] = json.loads((tmp_path / "out" / "pretended-h100-parts.json").read_text())
+    assert {part["status"] for part in parts.values()} == {"exit status 0"}, done.stdout + logs
+    return parts
+
+
+@pytest.mark.slow
+def test_what_was_prepared_is_not_compiled_again(tmp_path: Path) -> None:
+    """Also where the folder was packed, carried and unpacked elsewhere."""
+    kernels, there = tmp_path / "kernels", tmp_path / "there"
+    made = on_pretended_card(tmp_path, "--only", "sanitizer", "--prepare", str(kernels))["sanitizer"]
+    assert made["found"] == 0
+    assert made["compiled"] >= 15
+    with tarfile.open(tmp_path / "kernels.tar.xz") as archive:
+        archive.extractall(there, filter="data")
+    for file in kernels.glob("*/*"):
+        file.unlink()
+    cache = {"TRITON_CACHE_DIR": str(there / "kernels")}
+    parts = on_pretended_card(tmp_path, "--rehearse", "--only", "sanitizer", **cache)
+    assert parts["sanitizer"]["compiled"] == 0, parts
+    assert parts["sanitizer"]["found"] == made["compiled"]

@@ -1,0 +1,345 @@
+"""A pretended H100 on a CPU, to rehearse on what is to run on a GPU.
+
+    python -m pytest -p tests.pretended_card -m gpu tests      # as a plugin of pytest
+    python -m tests.pretended_card bench.sweep                 # a module under it
+
+Tensors lie in the memory of the CPU and say that they are on cuda:0. `torch.cuda` answers. Triton compiles for sm_90,
+down to machine code, and where it would launch that, its interpreter runs the source. What a CUDA graph captures is
+written down and run again. torch.compile returns what it is given. No race and no time is seen here.
+
+FUSEDNN_PRETEND=sample takes a sample of the tests. FUSEDNN_PRETEND=compile compiles the kernels and runs none, which
+fills Triton's cache. No result is right then, and no check of one may end a test before its last kernel is compiled:
+run Python with -O and pytest with --assert=plain.
+"""
+
+import contextlib
+import functools
+import os
+import re
+import runpy
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._device import _device_constructors
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bench.launches import Driver
+
+COMPILE_ONLY, SAMPLE = (os.environ.get("FUSEDNN_PRETEND") == kind for kind in ("compile", "sample"))
+
+EVERY = 4
+"""Of a sample of the tests one in so many runs."""
+
+CPU, CARD = torch.device("cpu"), torch.device("cuda", 0)
+
+PROPERTIES = SimpleNamespace(
+    name="NVIDIA pretended H100", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30,
+    shared_memory_per_block_optin=232448, L2_cache_size=50 << 20, warp_size=32, gcnArchName="",
+)  # fmt: skip
+
+NOT_HERE = {
+    "test_(compile|opcheck|export)": "torch.compile and fake tensors ask for a driver",
+    "autocast": "PyTorch's own autocast for CUDA",
+    "tf32_where": "the interpreter multiplies exactly",
+}
+"""Patterns of tests that cannot be rehearsed, and why."""
+
+
+def moved(value: Any) -> Any:
+    """A device of CUDA's as the CPU, anything else as it is."""
+    name = value.type if isinstance(value, torch.device) else value
+    return CPU if isinstance(name, str) and name.split(":")[0] == "cuda" else value
+
+
+def on_card(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, told to work on the GPU, works on the CPU."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        if "device" in options:
+            options["device"] = moved(options["device"])
+        return function(*map(moved, arguments), **options)
+
+    return call
+
+
+def addmm(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.addmm, also with sums in a wider dtype, which PyTorch has for CUDA alone."""
+
+    def call(c: Tensor, a: Tensor, b: Tensor, *, out_dtype: Any = None, **options: Any) -> Tensor:
+        return function(c, a.to(out_dtype), b.to(out_dtype), **options) if out_dtype else function(c, a, b, **options)
+
+    return call
+
+
+class Event:
+    """A point in time."""
+
+    def __init__(self, enable_timing: bool = False, **options: Any) -> None:
+        self.timing, self.seconds = enable_timing, 0.0
+
+    def record(self, stream: Any = None) -> None:
+        """Now."""
+        self.seconds = time.perf_counter()
+
+    def elapsed_time(self, later: "Event") -> float:
+        """Milliseconds."""
+        if not (self.timing and later.timing and self.seconds and later.seconds):
+            raise RuntimeError("both events must be recorded, and with enable_timing")
+        return (later.seconds - self.seconds) * 1000
+
+    def synchronize(self) -> None:
+        """Nothing: all is done at once."""
+
+    wait = query = synchronize
+
+
+class Stream:
+    """A queue that is always empty."""
+
+    device = CARD
+
+    def __init__(self, device: Any = None, **options: Any) -> None:
+        self.cuda_stream = id(self) & 0xFFFF
+
+    def synchronize(self, other: Any = None) -> None:
+        """Nothing: all is done at once."""
+
+    wait_stream = wait_event = synchronize
+
+
+class Recorder(TorchDispatchMode):
+    """Writes down each operator and each launch, to be run again into the same results; undoes what they wrote."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Callable[[], None]] = []
+        self.before: list[tuple[Tensor, Tensor]] = []
+        self.inside = False
+
+    def keep(self, tensors: Iterable[Any]) -> None:
+        """What these have now is what they have after the capture, which on a card runs nothing."""
+        self.before += [(tensor.detach(), tensor.detach().clone()) for tensor in tensors if isinstance(tensor, Tensor)]
+
+    def undo(self) -> None:
+        """The memory is as it was."""
+        for tensor, value in reversed(self.before):
+            tensor.copy_(value)
+        self.before.clear()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run `function`, and note how to run it again."""
+        if function is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        schema, options = function._schema, kwargs or {}
+        for place, argument in enumerate(schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self.keep(tree_leaves(args[place] if place < len(args) else options.get(argument.name)))
+        self.inside = True
+        try:
+            given = function(*args, **options)
+        finally:
+            self.inside = False
+        written = all(value.alias_info is None for value in schema.returns) and "empty" not in function.name()
+
+        def again() -> None:
+            once_more = function(*args, **options)
+            if written:  # and not a view, nor in place, nor left for others to write
+                for old, new in zip(tree_leaves(given), tree_leaves(once_more), strict=True):
+                    if isinstance(old, Tensor):
+                        old.detach().copy_(new)
+
+        self.calls.append(again)
+        return given
+
+
+class CUDAGraph:
+    """What a capture has written down."""
+
+    recording: Recorder | None = None
+
+    def __init__(self, *arguments: Any) -> None:
+        self.recorder = Recorder()
+
+    def replay(self) -> None:
+        """Run all of it again."""
+        with torch.no_grad():
+            for call in self.recorder.calls:
+                call()
+
+
+@contextlib.contextmanager
+def graph(captured: CUDAGraph, *arguments: Any, **options: Any) -> Iterator[None]:
+    """torch.cuda.graph."""
+    CUDAGraph.recording = captured.recorder
+    try:
+        with captured.recorder:
+            yield
+    finally:
+        CUDAGraph.recording = None
+        with torch.no_grad():
+            captured.recorder.undo()
+
+
+class Card(Driver):
+    """The driver: a launch runs the kernel's source in the interpreter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.interpreted: dict[Any, Any] = {}
+        self.launcher_cls = self.launcher
+
+    def get_active_torch_device(self) -> torch.device:
+        """Triton's benchmarking asks."""
+        return CARD
+
+    def interpretable(self, kernel: Any) -> Any:
+        """`kernel` as a function of the interpreter."""
+        from triton.runtime.interpreter import InterpretedFunction
+
+        if kernel.fn not in self.interpreted:
+            self.interpreted[kernel.fn] = InterpretedFunction(kernel.fn)
+        return self.interpreted[kernel.fn]
+
+    def call(self, kernel: Any, *arguments: Any, **options: Any) -> Any:
+        """A device function, called in the interpreter."""
+        from triton.runtime import interpreter
+
+        function = self.interpretable(kernel)
+        scope = interpreter._patch_lang(function.fn)
+        try:
+            return function.rewrite()(*arguments, **options)
+        finally:
+            scope.restore()  # the compiler needs the language as it is
+
+    def run(self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+        """What a launch does."""
+        import triton.language as tl
+
+        from fusednn.kernels import numerics
+
+        before, numerics.INTERPRETED = numerics.INTERPRETED, tl.constexpr(True)
+        try:
+            self.interpretable(kernel).run(*arguments, grid=grid, warmup=False)
+        finally:
+            numerics.INTERPRETED = before
+
+    def launcher(self, source: Any, metadata: Any) -> Callable[..., None]:
+        """What Triton calls with grid, stream, function, four more, and the arguments of the kernel."""
+
+        def launch(*given: Any) -> None:
+            grid, arguments = given[:3], given[9:]
+            assert len(arguments) == len(source.fn.arg_names)
+            if COMPILE_ONLY:
+                return
+            recorder = CUDAGraph.recording
+            if recorder is not None and not recorder.inside:
+                recorder.keep(tree_leaves(arguments))
+                recorder.calls.append(lambda: self.run(source.fn, grid, arguments))
+            self.run(source.fn, grid, arguments)
+
+        return launch
+
+
+class _Generators(type):
+    """torch.Generator, whose device is always the CPU."""
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, REAL_GENERATOR)
+
+    def __call__(cls, device: Any = "cpu") -> torch.Generator:
+        return REAL_GENERATOR(device="cpu")
+
+
+REAL_GENERATOR = torch.Generator
+
+
+class Generator(metaclass=_Generators):
+    """What torch.Generator is replaced by."""
+
+
+def nothing() -> Callable[..., Any]:
+    """A function that does nothing, and whose result is a context that does nothing; another each time."""
+    return lambda *arguments, **options: contextlib.nullcontext()
+
+
+def install() -> Card:
+    """From now on this process has a pretended card."""
+    os.environ["TRITON_INTERPRET"] = "0"
+    cuda = torch.cuda
+    answers = {
+        "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0,
+        "get_device_capability": (9, 0), "get_device_name": PROPERTIES.name, "get_device_properties": PROPERTIES,
+        "memory_allocated": 0, "max_memory_allocated": 0, "is_current_stream_capturing": False,
+        "current_stream": Stream(),
+    }  # fmt: skip
+    for name, answer in answers.items():
+        setattr(cuda, name, lambda *arguments, answer=answer: answer)
+    for name in ("synchronize", "reset_peak_memory_stats", "empty_cache", "_sleep", "_lazy_init", "manual_seed_all"):
+        setattr(cuda, name, nothing())
+    cuda.Event, cuda.Stream, cuda.CUDAGraph, cuda.graph = Event, Stream, CUDAGraph, graph  # type: ignore[assignment, misc]
+    cuda.stream, cuda.device = nothing(), nothing()  # type: ignore[assignment, misc]
+    cuda.get_rng_state = lambda device=None: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    torch.accelerator.synchronize = nothing()
+    torch.accelerator.is_available = lambda: True
+    torch.accelerator.device_count = lambda: 1
+    torch.Generator = Generator  # type: ignore[assignment, misc]
+    Tensor.record_stream = nothing()  # type: ignore[assignment, method-assign]
+    torch.compile = lambda function=None, **options: function or (lambda made: made)  # type: ignore[assignment]
+
+    from triton.runtime.jit import JITFunction
+
+    card = Card()
+    card.install()  # tensors are on no CPU, and on device 0
+    Tensor.is_cpu = property(lambda tensor: False)  # type: ignore[assignment, method-assign]
+    Tensor.is_cuda = property(lambda tensor: not tensor.is_meta)  # type: ignore[assignment, method-assign]
+    Tensor.device = property(lambda tensor: torch.device("meta") if tensor.is_meta else CARD)  # type: ignore[assignment, misc]
+    JITFunction.__call__ = lambda kernel, *arguments, **options: card.call(kernel, *arguments, **options)
+
+    for function in _device_constructors():
+        if hasattr(torch, function.__name__):
+            setattr(torch, function.__name__, on_card(function))
+    for name in ("to", "new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "new_empty_strided"):
+        setattr(Tensor, name, on_card(getattr(Tensor, name)))
+    Tensor.cuda = lambda tensor, *arguments, **options: tensor  # type: ignore[assignment, method-assign]
+    Tensor.cpu = Tensor.pin_memory = Tensor.clone  # type: ignore[assignment, method-assign]
+    torch.addmm = addmm(torch.addmm)  # type: ignore[assignment]
+    if COMPILE_ONLY:
+        torch.testing.assert_close = nothing()
+    return card
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Install it before a test file is imported."""
+    install()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what cannot be rehearsed; of a sample keep one test in `EVERY`, and all benchmarks."""
+    if SAMPLE and all(item.get_closest_marker("gpu") for item in items):
+        config.hook.pytest_deselected(items=[item for place, item in enumerate(items) if place % EVERY])
+        items[:] = items[::EVERY]
+    for item in items:
+        for pattern, reason in NOT_HERE.items():
+            if re.search(pattern, item.name):
+                item.add_marker(pytest.mark.skip(reason=f"not on a pretended card: {reason}"))
+
+
+def main() -> None:
+    """Run the module that is named, under the name __main__, with the arguments behind it."""
+    install()
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,8 +5,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+CARD := $(VENV)-3.6/.ready
 
-.PHONY: help train test test-full lint bench resources resources-3.6 mutants sanitize gpu clean
+.PHONY: help train test test-full lint bench resources resources-3.6 mutants sanitize gpu rehearse prepare clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -14,6 +15,13 @@ help:  ## list the targets
 $(READY): setup.py constraints.txt $(wildcard kernels/native/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# The software of a GPU machine, 5 GB; but for numpy, which Triton 3.6's interpreter wants older than it is there.
+$(CARD):
+	$(PYTHON) -m venv $(VENV)-3.6
+	$(VENV)-3.6/bin/python -m pip install --quiet --disable-pip-version-check torch==2.11.0 triton==3.6.0 'numpy<2.4' \
+		pytest==9.2.0 pytest-benchmark==5.3.1 pytest-xdist==3.8.0
 	touch $@
 
 train: $(READY)  ## train SimpleNN on the handwritten digits
@@ -38,10 +46,8 @@ bench: $(READY)  ## the benchmarks that this machine can run, and the traffic ta
 resources: $(READY)  ## registers, spills and instructions of every kernel, compiled ahead of time
 	$(BIN)/python -m bench.resources --check
 
-resources-3.6:  ## the same of the training kernel under Triton 3.6, the GPU images' one, from an environment of its own
-	$(PYTHON) -m venv $(VENV)-3.6
-	$(VENV)-3.6/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 triton==3.6.0 'numpy<2.4'
-	PYTHONPATH=. $(VENV)-3.6/bin/python -m bench.resources --kernels mlp_training
+resources-3.6: $(CARD)  ## the same for an H100 under Triton 3.6, which GPU machines have
+	$(VENV)-3.6/bin/python -m bench.resources --check --targets sm_90
 
 mutants: $(READY)  ## break each kernel on purpose; fails if the tests let one breakage live
 	$(BIN)/python -m tests.mutants
@@ -62,6 +68,12 @@ sanitize: $(READY)  ## the native engine under AddressSanitizer and UndefinedBeh
 
 gpu:  ## on a GPU: the tests marked gpu, then the benchmarks, within 9 minutes
 	$(PYTHON) -m bench.gpu
+
+rehearse: $(CARD)  ## the same without a GPU, small, on a pretended H100; a time there says nothing
+	$(VENV)-3.6/bin/python -m bench.gpu --rehearse
+
+prepare: $(CARD)  ## compile what a GPU machine would into build/kernels.tar.xz, for docs/on-a-gpu.md
+	$(VENV)-3.6/bin/python -m bench.gpu --prepare build/kernels
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) $(VENV)-3.6 *.egg-info build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .benchmarks

@@ -56,8 +56,8 @@ APART_CONFIGS = {"float": LaunchConfig(16, 32, num_warps=4), "double": LaunchCon
 """The same where the classes of a row lie apart and its neighbours side by side, as in [B, C, D]. Unmeasured."""
 
 COUNT_CONFIG = SUM_CONFIG = LaunchConfig(1024, 1, num_warps=8)
-SCALE_CONFIG = LaunchConfig(2048, 1, num_warps=4)
-"""Elements of a program or a trip. Unmeasured, as all of them."""
+SCALE_CONFIG, SCALE_APART_CONFIG = LaunchConfig(2048, 1, num_warps=4), LaunchConfig(2048, 1, num_warps=8)
+"""Elements of a program or a trip. Unmeasured, as all of them; where the classes of a row lie apart 4 warps spill."""
 
 
 class Plans(NamedTuple):
@@ -199,12 +199,13 @@ def weigh_labels(
 
 @lru_cache(maxsize=4096)
 def plan_scale(m: int, c: int, apart: bool, scalar: bool, divided: bool, labels: bool, in_place: bool) -> Launch:
-    """Tiles of `SCALE_CONFIG.block_m` elements, long in the direction in which elements lie side by side."""
-    elements = SCALE_CONFIG.block_m
+    """Tiles of the configuration's `block_m` elements, long in the direction in which elements lie side by side."""
+    config = SCALE_APART_CONFIG if apart else SCALE_CONFIG
+    elements = config.block_m
     block_c = min(elements, 16 if apart else elements, triton.next_power_of_2(c))
     block_m = elements // block_c
     flags = {"SCALAR": scalar, "DIVIDED": divided, "LABELS": labels, "IN_PLACE": in_place}
-    return plan(cdiv(m, block_m) * cdiv(c, block_c), SCALE_CONFIG, **flags, BLOCK_M=block_m, BLOCK_C=block_c)
+    return plan(cdiv(m, block_m) * cdiv(c, block_c), config, **flags, BLOCK_M=block_m, BLOCK_C=block_c)
 
 
 def scale_gradient(

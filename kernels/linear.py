@@ -174,8 +174,12 @@ CONFIGS = {
         (64, 64, 16, 8, 2),
     ),
 }  # fmt: skip
-# with two stages bf16's 64 x 64 tiles of a split weight gradient spill on sm_80, and with three fp16's unsplit ones
-CONFIGS["bf16"] = (*CONFIGS["fp16"][:3], (64, 64, 32, 4, 3), (64, 64, 32, 4, 3), CONFIGS["fp16"][-1])
+# With two stages bf16's 64 x 64 tiles of a split weight gradient spill on sm_80, and with three fp16's unsplit ones; with
+# three bf16's 16 x 32 tiles spill on sm_90 under Triton 3.6.
+CONFIGS["bf16"] = (
+    CONFIGS["fp16"][0], (16, 32, 64, 4, 2), CONFIGS["fp16"][2], (64, 64, 32, 4, 3), (64, 64, 32, 4, 3),
+    CONFIGS["fp16"][-1],
+)  # fmt: skip
 
 LIBRARY_SIZE = 1024
 """A product with more than this in each of its three sizes goes to PyTorch's, cuBLAS on NVIDIA: plain products are not

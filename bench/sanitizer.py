@@ -30,13 +30,13 @@ KERNELS = sorted({name for module in MODULES for name in vars(module) if name.en
 TOOLS = ("memcheck", "racecheck")
 
 
-def launch_all(device: str = "cuda") -> None:
+def launch_all(device: str = "cuda", steps: int = 100) -> None:
     """Launch each kernel: ragged sizes, so that every mask has something to hide."""
     torch.manual_seed(0)
     for sizes, batch in (((64, 128, 10), 32), ((100, 96, 100), 48)):
         model = nn.Sequential(nn.Linear(*sizes[:2]), nn.ReLU(), nn.Linear(*sizes[1:])).to(device)
         x, t = torch.randn(250, sizes[0], device=device), torch.randint(sizes[2], (250,), device=device)
-        train_steps(model, torch.optim.Adam(model.parameters()), x, t, batch_size=batch, steps=100)
+        train_steps(model, torch.optim.Adam(model.parameters()), x, t, batch_size=batch, steps=steps)
 
     step = torch.zeros(1, dtype=torch.int64, device=device)
     w, table = torch.randn(1500, device=device), torch.ones(1, 1, int(adam.ROW), device=device)

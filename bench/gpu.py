@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -39,6 +41,12 @@ GRACE = 15
 
 LEAST = 30
 """Seconds under which a part is not begun."""
+
+MOST_WORKERS = 14
+"""Processes of the pool of tests. They mostly wait for the compiler, and share the card."""
+
+FEW = 16
+"""Fewer tests than this, of those that failed, run in one process, which has the card to itself."""
 
 PREPARED = ("tests", "step", "sweep", "cross_entropy", "growth", "linear", "sanitizer")
 """The parts whose kernels `--prepare` compiles: those that measure ours."""
@@ -69,6 +77,8 @@ TESTS = [
 ]
 """Files with tests marked gpu. Others need packages that a machine with a GPU may not have."""
 
+PEERS = ("liger-kernel", "quack-kernels", "cut-cross-entropy")
+
 PARTS = {
     "tests": Part(120, ["-m", "pytest", "--tb=short", "-rfE", "-m", "gpu"], "pytest"),
     "step": Part(80, benchmark("bench_train_steps", "test_step or test_call")),
@@ -94,6 +104,18 @@ def card() -> str | None:
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
 
 
+def machine() -> str:
+    """The versions that matter, and what nvidia-smi says."""
+    names = ("torch", "triton", "numpy", "pytest", "pytest-benchmark", "pytest-xdist", *PEERS)
+    versions = []
+    for name in names:
+        with suppress(PackageNotFoundError):
+            versions.append(f"{name} {version(name)}")
+    smi = shutil.which("nvidia-smi")
+    said = subprocess.run([smi], capture_output=True, text=True, check=False).stdout if smi else "no nvidia-smi"
+    return "\n".join([f"Python {sys.version}", f"{os.cpu_count()} CPUs", *versions, said, ""])
+
+
 class Run:
     """A run of parts on one card, and what they leave in a folder, in files that begin with the card's name."""
 
@@ -113,7 +135,8 @@ class Run:
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         ours = {
             "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "TRITON_INTERPRET": "0",
-            "FUSEDNN_BENCH_SECONDS": str(seconds - GRACE - LAST_BENCHMARK), COMPILATIONS: compilations,
+            "FUSEDNN_BENCH_SECONDS": str(seconds - GRACE - LAST_BENCHMARK * ("pytest" in PARTS[part].arguments)),
+            COMPILATIONS: compilations,
         }  # fmt: skip
         if part == "tests":
             ours |= {OUTCOMES: str(self.file("tests.jsonl")), "OMP_NUM_THREADS": "1"}
@@ -133,8 +156,8 @@ class Run:
             arguments.insert(1, "tests.pretended_card")
         if part == "tests":
             arguments += again or TESTS
-            if find_spec("xdist") is not None:
-                arguments += ["-n", str(min(14, os.cpu_count() or 1)), "--dist", "worksteal"]
+            if find_spec("xdist") is not None and not 0 < len(again) < FEW:
+                arguments += ["-n", str(min(MOST_WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
         elif arguments[1] == "pytest":
             arguments.append(f"--benchmark-json={self.file(f'{part}.json')}")
             arguments += [] if self.options.all else ["-m", "not extra"]
@@ -279,8 +302,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.failed and not again:
         print("no test failed in the run before")
         return 0
-    with run.file("machine.txt").open("w") as file:
-        subprocess.run([sys.executable, "-m", "torch.utils.collect_env"], check=False, stdout=file, stderr=file)
+    run.file("machine.txt").write_text(machine())
     for part in options.parts:
         run.run(part, again)
     if options.prepare:

@@ -21,6 +21,7 @@ from fusednn import CrossEntropyLoss, SimpleNN, functional, train_steps
 from fusednn.kernels import adam, cross_entropy, linear, mlp_training
 
 from . import watch
+from .conftest import seconds_left
 
 MODULES = (linear, cross_entropy, mlp_training, adam)
 
@@ -86,8 +87,10 @@ def main(arguments: list[str] | None = None) -> int:
         print("left out: compute-sanitizer is not installed; the kernels ran without it")
         return 0
     launch_all()  # so that what has to be compiled is, at full speed
-    limit = os.environ.get("FUSEDNN_BENCH_SECONDS")
-    said = {tool: sanitize(tool, float(limit) / len(TOOLS) if limit else None) for tool in TOOLS}
+    said = {}
+    for place, tool in enumerate(TOOLS):
+        left = seconds_left()
+        said[tool] = sanitize(tool, None if left is None else left / (len(TOOLS) - place))
     if options.json:
         options.json.write_text(json.dumps(said, indent=1) + "\n")
     for tool, result in said.items():

@@ -30,7 +30,7 @@ from .bench_train_steps import DIGITS, MNIST, Case, Loop
 from .conftest import PRETEND, seconds_left
 from .launches import Driver
 
-GRID = ((32, 64), (32, 64, 128), (32, 64), ((8, 1), (8, 2), (16, 1)))
+GRID = ((64, 32), (128, 64, 32), (64, 32), ((8, 1), (8, 2), (16, 1)))
 """The most rows of the batch, hidden units and inputs of a tile; warps and stages. Those of 128 rows spill."""
 
 CASES = [

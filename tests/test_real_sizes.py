@@ -42,6 +42,13 @@ def precision(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.set_float32_matmul_precision(before)
 
 
+@pytest.fixture(autouse=True)
+def _memory_is_given_back() -> Iterator[None]:
+    """A pool of processes shares the card, and each keeps what it once had."""
+    yield
+    torch.cuda.empty_cache()
+
+
 def distance(ours: Tensor, right: Tensor) -> float:
     """Of two tensors, by norm, relative to the second."""
     return float(torch.linalg.vector_norm(ours.double() - right) / torch.linalg.vector_norm(right))

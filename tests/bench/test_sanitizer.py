@@ -64,7 +64,7 @@ def test_what_the_tool_says(
 def test_a_tool_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, "none", 0, monkeypatch)
     (tmp_path / "compute-sanitizer").write_text("#!/bin/sh\necho begun\nexec sleep 60\n")
-    monkeypatch.setenv("FUSEDNN_BENCH_SECONDS", "2")
+    monkeypatch.setattr(sanitizer, "seconds_left", lambda: 2.0)
     assert sanitizer.main([f"--json={tmp_path}/said.json"]) == 1
     said = json.loads((tmp_path / "said.json").read_text())
     assert said["racecheck"] == {"status": "out of time", "said": "begun\n"}

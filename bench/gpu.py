@@ -48,6 +48,12 @@ MOST_WORKERS = 14
 FEW = 16
 """Fewer tests than this, of those that failed, run in one process, which has the card to itself."""
 
+TOLD = re.compile(r"FAILED |ERROR |.+: .+ us\b|  \(\"")
+"""What of a part's log is printed: the tests that failed, the times and their ratios, the rows of a table."""
+
+MOST_TOLD = 60
+"""So many lines of it."""
+
 PREPARED = ("tests", "step", "sweep", "cross_entropy", "growth", "linear", "sanitizer")
 """The parts whose kernels `--prepare` compiles: those that measure ours."""
 
@@ -130,6 +136,15 @@ class Run:
         """A file of results."""
         return Path(self.out / f"{self.name}-{ending}")
 
+    def plan(self) -> str:
+        """The seconds of each part if those before it take all of theirs; a part that ends sooner leaves them more."""
+        left, words = 60 * self.options.minutes, []
+        for part in self.options.parts:
+            seconds = min(PARTS[part].seconds, left)
+            words.append(f"{part} {seconds:.0f} s" if seconds >= LEAST else f"{part} if time is left")
+            left -= seconds if seconds >= LEAST else 0
+        return "plan: " + ", ".join(words)
+
     def environment(self, part: str, seconds: float, compilations: str) -> dict[str, str]:
         """Kernels are compiled, and peers are found where the caller's PYTHONPATH has them."""
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -160,11 +175,12 @@ class Run:
                 arguments += ["-n", str(min(MOST_WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
         elif arguments[1] == "pytest":
             arguments.append(f"--benchmark-json={self.file(f'{part}.json')}")
-            arguments += [] if self.options.all else ["-m", "not extra"]
+            arguments += ["-m", "not extra"] if PARTS[part].always and not self.options.all else []
         else:
             arguments.append(f"--json={self.file(f'{part}.json')}")
         if self.options.prepare:
-            arguments = ["-O", *arguments, *(["--assert=plain"] if arguments[1] == "pytest" else [])]
+            unchecked = ["--assert=plain", "-W", "ignore::pytest.PytestConfigWarning"]
+            arguments = ["-O", *arguments, *(unchecked if arguments[1] == "pytest" else [])]
         return [sys.executable, *arguments]
 
     def run(self, part: str, again: list[str]) -> None:
@@ -183,25 +199,28 @@ class Run:
                 self.command(part, again), cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
                 start_new_session=True,
             )  # fmt: skip
-            status = finish(process, seconds - GRACE)
-            taken = round(time.monotonic() - begin, 1)
-            self.note(part, status, {"seconds": taken} | compiled(compilations))
+            status = "interrupted"
+            try:
+                status = finish(process, seconds - GRACE)
+            finally:
+                self.note(part, status, {"seconds": round(time.monotonic() - begin, 1)} | compiled(compilations))
         return None
 
     def note(self, part: str, status: str, more: dict[str, object]) -> None:
         """Write down and print how a part ended, and pack what there is."""
         self.ended[part] = {"status": status} | more
         log = self.file(f"{part}.log")
-        last = log.read_text(errors="replace").strip().splitlines()[-1:] if log.exists() and more else []
+        lines = log.read_text(errors="replace").strip().splitlines() if log.exists() and more else []
+        told = [line for line in lines[:-1] if TOLD.match(line)][:MOST_TOLD] + lines[-1:]
         kernels = f", kernels: {more['found']} found compiled, {more['compiled']} compiled" if more else ""
         line = f"{time.monotonic() - self.begin:5.0f} s  {part}: {status}{kernels}"
-        print(line, *last, sep="\n         ", flush=True)
+        print(line, *told, sep="\n         ", flush=True)
         self.file("parts.json").write_text(json.dumps(self.ended, indent=1) + "\n")
         if self.options.bundle:
             pack(self.options.bundle, sorted(self.out.glob(f"{self.name}-*")))
 
     def failed(self) -> list[str]:
-        """The tests whose last outcome here is a failure."""
+        """The tests whose last outcome here is a failure; FileNotFoundError without a run before."""
         lines = self.file("tests.jsonl").read_text(encoding="utf-8").splitlines()
         last: dict[str, bool] = {}
         for line in map(json.loads, lines):
@@ -249,7 +268,7 @@ def pack(bundle: Path, files: list[Path]) -> None:
 def relocate(cache: Path) -> None:
     """Triton writes into its cache where the cache lies: make that true again of one that was moved."""
     for group in cache.glob("*/__grp__*.json"):
-        paths = json.loads(group.read_text())["child_paths"]
+        paths = json.loads(group.read_text()).get("child_paths", {})
         here = {name: str(group.parent / name) for name in paths}
         if here != paths:
             group.write_text(json.dumps({"child_paths": here}))
@@ -279,7 +298,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="without a GPU: compile for an H100 into FOLDER")
     options = parser.parse_args(arguments)
     options.pretend = "compile" if options.prepare else "sample" if options.rehearse else ""
-    options.out = options.out or ROOT / ("build/pretended" if options.pretend else "bench/results")
+    options.out = (options.out or ROOT / ("build/pretended" if options.pretend else "bench/results")).resolve()
+    options.prepare = options.prepare and options.prepare.resolve()
     known = [name for name, part in PARTS.items() if part.always or options.all]
     wanted = options.only.split(",") if options.only else ["tests"] if options.failed else known
     if unknown := set(wanted) - set(PARTS):
@@ -296,13 +316,21 @@ def main(arguments: list[str] | None = None) -> int:
         print("error: this needs a GPU that torch can use, and pytest", file=sys.stderr)
         return 2
     run = Run(name, options)
-    if "TRITON_CACHE_DIR" in os.environ:
+    if cache := os.environ.get("TRITON_CACHE_DIR"):
+        os.environ["TRITON_CACHE_DIR"] = str(Path(cache).resolve())  # the parts run elsewhere
         relocate(Path(os.environ["TRITON_CACHE_DIR"]))
-    again = run.failed() if options.failed else []
-    if options.failed and not again:
-        print("no test failed in the run before")
-        return 0
+    again: list[str] = []
+    if options.failed:
+        try:
+            again = run.failed()
+        except FileNotFoundError as error:
+            print(f"error: no run before: {error}", file=sys.stderr)
+            return 2
+        if not again:
+            print("no test failed in the run before")
+            return 0
     run.file("machine.txt").write_text(machine())
+    print("no limit of time" if options.pretend else run.plan(), flush=True)
     for part in options.parts:
         run.run(part, again)
     if options.prepare:

@@ -6,6 +6,7 @@ the files that the environment names, so that a process that is killed has left 
 
 import json
 import os
+import re
 from typing import Any
 
 import pytest
@@ -34,6 +35,20 @@ def compilations() -> None:
     knobs.compilation.listener = listener
 
 
+LOST = re.compile("illegal memory access|misaligned address|unspecified launch failure|illegal instruction|device-side")
+"""CUDA errors after which nothing more runs in a process."""
+
+
+class Worker:
+    """A process of a pool. One that has lost the GPU would fail all tests to come: it ends, and xdist begins another."""
+
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[Any]) -> None:
+        """The outcome is written here, since this process will not report it."""
+        if call.excinfo is not None and LOST.search(error := str(call.excinfo.value)):
+            append(OUTCOMES, test=item.nodeid, outcome="failed", error=error)
+            os._exit(1)
+
+
 class Outcomes:
     """How each test ended; of setup and teardown only that they failed."""
 
@@ -46,5 +61,4 @@ class Outcomes:
 def pytest_configure(config: pytest.Config) -> None:
     """Each process compiles; the one that reports, which is no worker of a pool, has the outcomes."""
     compilations()
-    if not hasattr(config, "workerinput"):
-        config.pluginmanager.register(Outcomes())
+    config.pluginmanager.register(Worker() if hasattr(config, "workerinput") else Outcomes())

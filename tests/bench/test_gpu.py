@@ -118,6 +118,41 @@ def test_tests_that_are_cut_off_report(workers: int, tmp_path: Path) -> None:
     assert run.failed() == []
 
 
+def test_without_a_run_before_there_is_nothing_to_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "card", lambda: "stub")
+    assert gpu.main(["--failed", "--out", str(tmp_path)]) == 2
+    (tmp_path / "stub-tests.jsonl").write_text('{"test": "t", "outcome": "passed"}\n')
+    assert gpu.main(["--failed", "--out", str(tmp_path)]) == 0
+
+
+LOSES_THE_GPU = """
+import pytest
+
+lost = False
+
+@pytest.mark.parametrize("n", range(8))
+def test_one(n):
+    global lost
+    lost = lost or n == 1
+    if lost:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+"""
+
+
+def test_a_process_that_lost_the_gpu_costs_one_test(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(LOSES_THE_GPU)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    run = gpu.Run("stub", gpu.parse(["--out", str(tmp_path)]))
+    options = ["-p", "bench.watch", "-p", "no:cacheprovider", "-n", "1", "--rootdir", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, str(tmp_path)], cwd=tmp_path, text=True, check=False,
+        env=run.environment("tests", 60, str(tmp_path / "compilations")), capture_output=True,
+    )  # fmt: skip
+    assert "1 failed, 7 passed" in done.stdout, done.stdout
+    assert run.failed() == ["test_it.py::test_one[1]"]
+    assert "illegal memory access" in run.file("tests.jsonl").read_text()
+
+
 def options_of(*arguments: str) -> Any:
     return gpu.parse([*arguments, "--out", "/nowhere"])
 
@@ -131,6 +166,15 @@ def test_the_plan() -> None:
     assert sum(gpu.PARTS[part].seconds for part in parts[:4]) < 345  # what 5 minutes hold, since most tests end sooner
     with pytest.raises(SystemExit):
         options_of("--only", "nothing")
+
+
+def test_the_plan_is_for_the_minutes_that_there_are(tmp_path: Path) -> None:
+    def plan(*arguments: str) -> str:
+        return gpu.Run("stub", gpu.parse([*arguments, "--out", str(tmp_path)])).plan()
+
+    later = ", ".join(f"{part} if time is left" for part in ("linear", "compiled", "growth", "sanitizer"))
+    assert plan("--minutes", "5") == f"plan: tests 120 s, step 80 s, sweep 70 s, cross_entropy 30 s, {later}"
+    assert plan("--minutes", "2", "--only", "linear,growth") == "plan: linear 90 s, growth 30 s"
 
 
 def test_every_benchmark_is_in_a_part() -> None:

@@ -40,7 +40,7 @@ LOST = re.compile("illegal memory access|misaligned address|unspecified launch f
 
 
 class Worker:
-    """A process of a pool. One that has lost the GPU would fail all tests to come: it ends, and xdist begins another."""
+    """A process of a pool. Once it has lost the GPU it would fail all tests: it ends, and xdist begins another."""
 
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[Any]) -> None:
         """The outcome is written here, since this process will not report it."""

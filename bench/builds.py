@@ -181,7 +181,7 @@ def train(sizes: tuple[int, int, int], batch: int, dtype: torch.dtype, options: 
     weights = [x.new_empty(shape) for shape in ((hidden, inputs), (hidden,), (outputs, hidden), (outputs,))]
     mlp_training.train_mlp(
         x, labels, labels, x.new_empty(outputs), weights, weights, weights, x.new_empty(1000, 4, 9), options,
-        batch_size=batch, position=0, epoch_rows=len(x), ignore_index=-100, label_smoothing=0.1,
+        batch_size=batch, position=0, epoch_rows=len(x), ignore_index=-100, label_smoothing=0.1 * options.smoothed,
     )  # fmt: skip
 
 

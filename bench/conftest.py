@@ -3,6 +3,7 @@
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -44,14 +45,18 @@ def pytest_runtest_setup() -> None:
     need(0)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Eager and ours at all sizes come before any peer that compiles."""
+def implementation(item: pytest.Item) -> str:
+    """Whose time a benchmark takes; "" where there is one alone."""
+    return str(item.callspec.params.get("implementation", "")) if hasattr(item, "callspec") else ""
 
-    def lateness(item: pytest.Item) -> int:
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        return COMPILED.get(parameters.get("implementation"), 0)
 
-    items.sort(key=lateness)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Eager and ours at all sizes come before any peer that compiles. Who only compiles our kernels runs no peer."""
+    items.sort(key=lambda item: COMPILED.get(implementation(item), 0))
+    if PRETEND == "compile":
+        theirs = [item for item in items if not re.match("fusednn|drop-in|$", implementation(item))]
+        config.hook.pytest_deselected(items=theirs)
+        items[:] = [item for item in items if item not in theirs]
 
 
 def amounts(seconds: float, most_calls: int) -> tuple[int, int]:

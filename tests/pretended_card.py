@@ -26,6 +26,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -248,6 +249,27 @@ class Card(Driver):
         return launch
 
 
+class Unseen:
+    """A profile of a card: nothing was seen."""
+
+    def __enter__(self) -> "Unseen":
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        """Nothing."""
+
+    def events(self) -> list[Any]:
+        """None."""
+        return []
+
+
+def profile_of(profile: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.profiler.profile, which without a card refuses to look at one alone."""
+    return lambda activities=None, **options: (
+        Unseen() if activities == [ProfilerActivity.CUDA] else profile(activities=activities, **options)
+    )
+
+
 class _Generators(type):
     """torch.Generator, whose device is always the CPU."""
 
@@ -312,6 +334,7 @@ def install() -> Card:
     Tensor.cuda = lambda tensor, *arguments, **options: tensor  # type: ignore[assignment, method-assign]
     Tensor.cpu = Tensor.pin_memory = Tensor.clone  # type: ignore[assignment, method-assign]
     torch.addmm = addmm(torch.addmm)  # type: ignore[assignment]
+    torch.profiler.profile = profile_of(torch.profiler.profile)  # type: ignore[assignment, misc]
     if COMPILE_ONLY:
         torch.testing.assert_close = nothing()
     return card

@@ -306,24 +306,24 @@ def install() -> Card:
         setattr(cuda, name, lambda *arguments, answer=answer: answer)
     for name in ("synchronize", "reset_peak_memory_stats", "empty_cache", "_sleep", "_lazy_init", "manual_seed_all"):
         setattr(cuda, name, nothing())
-    cuda.Event, cuda.Stream, cuda.CUDAGraph, cuda.graph = Event, Stream, CUDAGraph, graph  # type: ignore[assignment, misc]
-    cuda.stream, cuda.device = nothing(), nothing()  # type: ignore[assignment, misc]
+    cuda.Event, cuda.Stream, cuda.CUDAGraph, cuda.graph = Event, Stream, CUDAGraph, graph
+    cuda.stream, cuda.device = nothing(), nothing()
     cuda.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     torch.accelerator.synchronize = nothing()
     torch.accelerator.is_available = lambda: True
     torch.accelerator.device_count = lambda: 1
-    torch.Generator = Generator  # type: ignore[assignment, misc]
-    Tensor.record_stream = nothing()  # type: ignore[assignment, method-assign]
-    torch.compile = lambda function=None, **options: function or (lambda made: made)  # type: ignore[assignment]
+    torch.Generator = Generator
+    Tensor.record_stream = nothing()
+    torch.compile = lambda function=None, **options: function or (lambda made: made)
 
     from triton.runtime.jit import JITFunction
 
     card = Card()
     card.install()  # tensors are on no CPU, and on device 0
-    Tensor.is_cpu = property(lambda tensor: False)  # type: ignore[assignment, method-assign]
-    Tensor.is_cuda = property(lambda tensor: not tensor.is_meta)  # type: ignore[assignment, method-assign]
-    Tensor.device = property(lambda tensor: torch.device("meta") if tensor.is_meta else CARD)  # type: ignore[assignment, misc]
+    Tensor.is_cpu = property(lambda tensor: False)
+    Tensor.is_cuda = property(lambda tensor: not tensor.is_meta)
+    Tensor.device = property(lambda tensor: torch.device("meta") if tensor.is_meta else CARD)
     JITFunction.__call__ = lambda kernel, *arguments, **options: card.call(kernel, *arguments, **options)
 
     for function in _device_constructors():
@@ -331,10 +331,10 @@ def install() -> Card:
             setattr(torch, function.__name__, on_card(function))
     for name in ("to", "new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "new_empty_strided"):
         setattr(Tensor, name, on_card(getattr(Tensor, name)))
-    Tensor.cuda = lambda tensor, *arguments, **options: tensor  # type: ignore[assignment, method-assign]
-    Tensor.cpu = Tensor.pin_memory = Tensor.clone  # type: ignore[assignment, method-assign]
-    torch.addmm = addmm(torch.addmm)  # type: ignore[assignment]
-    torch.profiler.profile = profile_of(torch.profiler.profile)  # type: ignore[assignment, misc]
+    Tensor.cuda = lambda tensor, *arguments, **options: tensor
+    Tensor.cpu = Tensor.pin_memory = Tensor.clone
+    torch.addmm = addmm(torch.addmm)
+    torch.profiler.profile = profile_of(torch.profiler.profile)
     if COMPILE_ONLY:
         torch.testing.assert_close = nothing()
     return card

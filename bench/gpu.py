@@ -162,6 +162,7 @@ class Run:
             ours["FUSEDNN_PRETEND"] = self.options.pretend
         if self.options.prepare:
             ours |= {"TRITON_CACHE_DIR": str(self.options.prepare), "TRITON_STORE_BINARY_ONLY": "1"}
+            ours["PYTHONOPTIMIZE"] = "1"  # no assertion, in the processes of the pool too
         return os.environ | ours
 
     def command(self, part: str, again: list[str]) -> list[str]:
@@ -183,7 +184,7 @@ class Run:
             arguments.append(f"--json={self.file(f'{part}.json')}")
         if self.options.prepare:
             unchecked = ["--assert=plain", "-W", "ignore::pytest.PytestConfigWarning"]
-            arguments = ["-O", *arguments, *(unchecked if arguments[1] == "pytest" else [])]
+            arguments += unchecked if arguments[1] == "pytest" else []
         return [sys.executable, *arguments]
 
     def run(self, part: str, again: list[str]) -> None:

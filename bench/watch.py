@@ -30,7 +30,7 @@ def compilations() -> None:
 
     def listener(src: Any, cache_hit: bool, **more: Any) -> None:
         if getattr(getattr(src, "fn", None), "__module__", "").startswith("fusednn."):
-            append(COMPILATIONS, kernel=src.name, found=cache_hit)
+            append(COMPILATIONS, kernel=src.name, found=cache_hit, test=os.environ.get("PYTEST_CURRENT_TEST"))
 
     knobs.compilation.listener = listener
 

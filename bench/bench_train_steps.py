@@ -9,8 +9,8 @@ the queue drained once a round:
     calls              of 1, 100 and 10,000 steps
     growth             of a step with the batch, and with the width
 
-A round has as many steps as ROUND_SECONDS hold. Without a GPU there is only the last: the overhead of train_steps where
-it is a loop in Python. bench_native.py has the native one.
+A round has as many steps as ROUND_SECONDS hold. Without a GPU only test_loop_on_a_cpu runs: the overhead of train_steps
+where it is a loop in Python. bench_native.py has the native one.
 """
 
 import statistics
@@ -48,7 +48,7 @@ which at batch 32 is 2 % of the gradient of W1."""
 ROUND_SECONDS = 0.1
 """How long a round of a step in long training takes."""
 
-COMPILE_SECONDS = 40
+COMPILE_SECONDS = 25
 """What torch.compile may need for a whole step, or a cold process for its first."""
 
 

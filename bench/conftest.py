@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ COMPILED = {"liger": 1, "quack": 1, "cut-cross-entropy": 1, "torch.compile": 2, 
 Triton to use its ptxas in the whole process, and what is ours must be timed with Triton's own."""
 
 PRETEND = os.environ.get("FUSEDNN_PRETEND", "")
-"""What tests/pretended_card.py stands in for a GPU for, if it does. Then sizes are small, rounds few, and times mean
-nothing; the kernels are those of the real sizes."""
+"""`sample` or `compile` if tests/pretended_card.py stands in for a GPU, else empty. If so, sizes are small, rounds few,
+and times mean nothing; the kernels are those of the real sizes."""
 
 ROUNDS_SECONDS = 0.2
 """About how long the rounds of a benchmark on a GPU take together."""
@@ -36,8 +37,8 @@ ROUNDS_SECONDS = 0.2
 NOTED = ("kernels a call", "kernel us a call", "peak bytes over the inputs")
 """What of `extra_info` is printed beside the time, where the baseline has it too."""
 
-DEADLINE = time.monotonic() + float(os.environ.get("FUSEDNN_BENCH_SECONDS", "inf"))
-"""No benchmark starts later, so that a run with little time ends by itself and writes what it has."""
+DEADLINE = float(os.environ.get("FUSEDNN_BENCH_UNTIL", "inf"))
+"""By time.time(). No benchmark starts later, so that a run with little time ends by itself and writes what it has."""
 
 
 def pytest_runtest_setup() -> None:
@@ -51,7 +52,7 @@ def implementation(item: pytest.Item) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Eager and ours at all sizes come before any peer that compiles. Who only compiles our kernels runs no peer."""
+    """Eager and ours at all sizes come before any peer that compiles. Under `--prepare` only ours run."""
     items.sort(key=lambda item: COMPILED.get(implementation(item), 0))
     if PRETEND == "compile":
         theirs = [item for item in items if not re.match("fusednn|drop-in|$", implementation(item))]
@@ -69,13 +70,13 @@ def amounts(seconds: float, most_calls: int) -> tuple[int, int]:
 
 def need(seconds: float) -> None:
     """Skip the benchmark that calls this where less time is left: one that is cut off takes all results with it."""
-    if time.monotonic() + seconds > DEADLINE:
+    if time.time() + seconds > DEADLINE:
         pytest.skip("no time left")
 
 
 def seconds_left() -> float | None:
     """What is left until the deadline, as a timeout; None without one."""
-    return None if math.isinf(DEADLINE) else max(DEADLINE - time.monotonic(), 0.0)
+    return None if math.isinf(DEADLINE) else max(DEADLINE - time.time(), 0.0)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -90,6 +91,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     """Card, driver, versions and commit into every JSON file."""
     import triton
 
+    machine_info.pop("node", None)  # the name of the host is nobody's business
     commit = _said_by(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"])
     machine_info |= {"torch": torch.__version__, "triton": triton.__version__, "commit": commit}
     machine_info["python"] = platform.python_version()
@@ -143,7 +145,7 @@ def compiled(function: Callable[..., Any], mode: str | None = None) -> Callable[
     return torch.compile(function, dynamic=False, mode=mode)
 
 
-def capture(call: Callable[[], Any], calls: int = 10) -> torch.cuda.CUDAGraph:
+def capture(call: Callable[[], Any], calls: int) -> torch.cuda.CUDAGraph:
     """So many calls as a CUDA graph: what is timed then is the GPU's work and not Python's."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -194,17 +196,26 @@ def cold(program: str, arguments: list[str], folder: Path) -> float:
     return float(said.splitlines()[-1])
 
 
-@pytest.fixture
-def precision(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Whether float32 products may use TF32: they may if the parameter is "tf32".
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """float32 products may use TF32 if `precision` is "tf32".
 
     By the older of PyTorch's two settings, which sets the newer too: Inductor still reads both, and the newer alone
     makes max-autotune raise.
     """
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if request.param == "tf32" else "highest")
-    yield request.param
-    torch.set_float32_matmul_precision(before)
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
+def precision(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The parameter: "tf32" where float32 products may use TF32."""
+    with float32_products(request.param):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,11 @@
-"""On a GPU: the tests marked gpu, then the benchmarks, in the order of what is worth most; docs/on-a-gpu.md has more.
+"""Runs the GPU tests, then the benchmarks, the most valuable first; docs/on-a-gpu.md tells more.
 
-    python3 -m bench.gpu --minutes 5 --bundle results.tar.gz
+    python3 -m bench.gpu --minutes 5 --bundle build/results.tar.gz
     python3 -m bench.gpu --minutes 5 --only linear,growth
 
-It needs a GPU, torch, triton and pytest, and nothing else: no network, no make, no git. Each part is a process of its
-own with a share of the time. When it ends, its results lie in the folder and in the bundle before the next part begins.
-What is not installed (a peer, pytest-benchmark, pytest-xdist, compute-sanitizer) is left out and said to be.
+It needs a GPU, torch, Triton and pytest: no network, no make, no git. Without pytest-benchmark the benchmarks are left
+out. Each part is a process of its own with a share of the time. Before the next part starts, the results of this one
+are in the folder and in the bundle.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections import Counter
@@ -26,6 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+from .packing import pack, pack_kernels, relocate
 from .watch import COMPILATIONS, OUTCOMES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,22 +34,22 @@ MINUTES = 9.0
 """For everything, by default."""
 
 LAST_BENCHMARK = 10
-"""Seconds that the last benchmark of a part may take. None begins later."""
+"""Seconds that the last benchmark of a part may take: none starts later."""
 
 GRACE = 15
-"""Seconds in which a part whose time is over is to report after all. Then it is killed."""
+"""Seconds before the end of its share at which a part is asked to report. At the end it is killed."""
 
 LEAST = 30
-"""Seconds under which a part is not begun."""
+"""A part with fewer seconds than this is not started."""
 
 MOST_WORKERS = 14
 """Processes of the pool of tests. They mostly wait for the compiler, and share the card."""
 
 FEW = 16
-"""Fewer tests than this, of those that failed, run in one process, which has the card to itself."""
+"""With `--failed`, fewer tests than this run in one process, alone on the GPU."""
 
 COMPILED_ONLY = "compiled, not run"
-"""How a part ends whose kernels are only compiled: what its checks say means nothing."""
+"""Status of a part under `--prepare`: its kernels were compiled and not run, so its checks mean nothing."""
 
 TOLD = re.compile(r"FAILED |ERROR |.+: .+ us\b|  \(\"")
 """What of a part's log is printed: the tests that failed, the times and their ratios, the rows of a table."""
@@ -62,11 +62,10 @@ PREPARED = ("tests", "step", "sweep", "cross_entropy", "growth", "linear", "sani
 
 
 class Part(NamedTuple):
-    """A part: the most seconds it may take, the arguments of Python, what it needs, and whether it is always run."""
+    """The most seconds that a part may take, the arguments of Python, and whether it runs without `--all`."""
 
     seconds: int
     arguments: list[str]
-    needs: str = "pytest_benchmark"
     always: bool = True
 
 
@@ -89,14 +88,14 @@ TESTS = [
 PEERS = ("liger-kernel", "quack-kernels", "cut-cross-entropy")
 
 PARTS = {
-    "tests": Part(120, ["-m", "pytest", "--tb=short", "-rfE", "-m", "gpu"], "pytest"),
+    "tests": Part(120, ["-m", "pytest", "--tb=short", "-rfE", "-m", "gpu"]),
     "step": Part(80, benchmark("bench_train_steps", "test_step or test_call")),
-    "sweep": Part(70, ["-m", "bench.sweep"], "torch"),
+    "sweep": Part(70, ["-m", "bench.sweep"]),
     "cross_entropy": Part(70, benchmark("bench_cross_entropy")),
     "linear": Part(90, benchmark("bench_linear")),
     "compiled": Part(80, benchmark("bench_train_steps", "test_compiled_step")),
     "growth": Part(60, benchmark("bench_train_steps", "test_growth")),
-    "sanitizer": Part(60, ["-m", "bench.sanitizer"], "torch"),
+    "sanitizer": Part(60, ["-m", "bench.sanitizer"]),
     "python": Part(60, benchmark("bench_python"), always=False),
     "simple_nn": Part(40, benchmark("bench_simple_nn"), always=False),
     "cold": Part(240, benchmark("bench_train_steps", "test_cold"), always=False),
@@ -114,15 +113,18 @@ def card() -> str | None:
 
 
 def machine() -> str:
-    """The versions that matter, and what nvidia-smi says."""
-    names = ("torch", "triton", "numpy", "pytest", "pytest-benchmark", "pytest-xdist", *PEERS)
-    versions = []
-    for name in names:
-        with suppress(PackageNotFoundError):
+    """The versions that matter, what is missing, and the GPU."""
+    versions, missing = [f"Python {sys.version}", f"{os.cpu_count()} CPUs"], []
+    for name in ("torch", "triton", "numpy", "pytest", "pytest-benchmark", "pytest-xdist", *PEERS):
+        try:
             versions.append(f"{name} {version(name)}")
-    smi = shutil.which("nvidia-smi")
-    said = subprocess.run([smi], capture_output=True, text=True, check=False).stdout if smi else "no nvidia-smi"
-    return "\n".join([f"Python {sys.version}", f"{os.cpu_count()} CPUs", *versions, said, ""])
+        except PackageNotFoundError:
+            missing.append(name)
+    missing += [name for name in ("compute-sanitizer", "nvidia-smi") if shutil.which(name) is None]
+    if "nvidia-smi" not in missing:
+        query = ["nvidia-smi", "--format=csv", "--query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.sm"]
+        versions.append(subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip())
+    return "\n".join([*versions, f"not installed: {', '.join(missing) or 'nothing'}", ""])
 
 
 class Run:
@@ -132,28 +134,35 @@ class Run:
         self.name, self.options, self.out = name, options, options.out
         self.begin = time.monotonic()
         self.end = self.begin + 60 * options.minutes
-        self.ended: dict[str, dict[str, object]] = {}
         self.out.mkdir(parents=True, exist_ok=True)
+        before = self.file("parts.json")
+        self.ended: dict[str, dict[str, object]] = json.loads(before.read_text()) if before.exists() else {}
 
     def file(self, ending: str) -> Path:
         """A file of results."""
-        return Path(self.out / f"{self.name}-{ending}")
+        file: Path = self.out / f"{self.name}-{ending}"
+        return file
+
+    def share(self, part: str) -> float:
+        """The most seconds of a part. If the minutes are more than all chosen parts take, each gets more."""
+        chosen = sum(PARTS[name].seconds for name in self.options.parts)
+        return PARTS[part].seconds * max(1.0, 60 * self.options.minutes / chosen)
 
     def plan(self) -> str:
         """The seconds of each part if those before it take all of theirs; a part that ends sooner leaves them more."""
         left, words = 60 * self.options.minutes, []
         for part in self.options.parts:
-            seconds = min(PARTS[part].seconds, left)
+            seconds = min(self.share(part), left)
             words.append(f"{part} {seconds:.0f} s" if seconds >= LEAST else f"{part} if time is left")
             left -= seconds if seconds >= LEAST else 0
         return "plan: " + ", ".join(words)
 
     def environment(self, part: str, seconds: float, compilations: str) -> dict[str, str]:
-        """Kernels are compiled, and peers are found where the caller's PYTHONPATH has them."""
+        """That of a part: Triton compiles and does not interpret, and the caller's PYTHONPATH is kept."""
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         ours = {
             "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "TRITON_INTERPRET": "0",
-            "FUSEDNN_BENCH_SECONDS": str(seconds - GRACE - LAST_BENCHMARK * ("pytest" in PARTS[part].arguments)),
+            "FUSEDNN_BENCH_UNTIL": str(time.time() + seconds - GRACE - LAST_BENCHMARK),
             COMPILATIONS: compilations,
         }  # fmt: skip
         if part == "tests":
@@ -189,12 +198,18 @@ class Run:
 
     def run(self, part: str, again: list[str]) -> None:
         """Run a part within its time, and note how it ended."""
-        needs = PARTS[part].needs
-        if find_spec(needs) is None:
-            return self.note(part, f"left out: {needs} is not installed", {})
-        seconds = min(PARTS[part].seconds, self.end - time.monotonic()) if not self.options.pretend else 3600.0
-        if seconds < LEAST:
-            return self.note(part, "not reached: no time left", {})
+        seconds = min(self.share(part), self.end - time.monotonic()) if not self.options.pretend else 3600.0
+        if "--benchmark-only" in PARTS[part].arguments and find_spec("pytest_benchmark") is None:
+            self.note(part, "left out: pytest-benchmark is not installed", {})
+        elif seconds < LEAST:
+            self.note(part, "not reached: no time left", {})
+        else:
+            self.run_for(seconds, part, again)
+
+    def run_for(self, seconds: float, part: str, again: list[str]) -> None:
+        """Run a part for so many seconds at most."""
+        if part == "tests" and not again:
+            self.file("tests.jsonl").unlink(missing_ok=True)
         with tempfile.TemporaryDirectory() as folder, self.file(f"{part}.log").open("wb") as log:
             compilations = Path(folder) / "compilations"
             environment = self.environment(part, seconds, str(compilations))
@@ -210,13 +225,11 @@ class Run:
                     status = COMPILED_ONLY
             finally:
                 self.note(part, status, {"seconds": round(time.monotonic() - begin, 1)} | compiled(compilations))
-        return None
 
     def note(self, part: str, status: str, more: dict[str, object]) -> None:
         """Write down and print how a part ended, and pack what there is."""
-        self.ended[part] = {"status": status} | more
-        log = self.file(f"{part}.log")
-        lines = log.read_text(errors="replace").strip().splitlines() if log.exists() and more else []
+        self.ended[part] = {"status": status, "ended": time.strftime("%Y-%m-%d %H:%M:%S")} | more
+        lines = self.file(f"{part}.log").read_text(errors="replace").strip().splitlines() if more else []
         told = [line for line in lines[:-1] if TOLD.match(line)][:MOST_TOLD] + lines[-1:]
         told = [] if status == COMPILED_ONLY else told
         kernels = f", kernels: {more['found']} found compiled, {more['compiled']} compiled" if more else ""
@@ -225,6 +238,12 @@ class Run:
         self.file("parts.json").write_text(json.dumps(self.ended, indent=1) + "\n")
         if self.options.bundle:
             pack(self.options.bundle, sorted(self.out.glob(f"{self.name}-*")))
+
+    def is_good(self) -> bool:
+        """Whether no part failed, and the tests ran to their end, of the parts of this run."""
+        ended = {part: str(self.ended[part]["status"]) for part in self.options.parts}
+        bad = [part for part, status in ended.items() if status.startswith("exit status") and status != "exit status 0"]
+        return not bad and not ended.get("tests", "").startswith("out of time")
 
     def failed(self) -> list[str]:
         """The tests whose last outcome here is a failure; FileNotFoundError without a run before."""
@@ -257,39 +276,11 @@ def stop(process: "subprocess.Popen[bytes]", status: str) -> str:
 
 
 def compiled(file: Path) -> dict[str, object]:
-    """How many kernels of ours were found compiled and how many were compiled, and which."""
+    """How many kernels of ours were found compiled and how many were compiled, each counted once, and which."""
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    new = Counter(line["kernel"] for line in lines if not line["found"])
-    return {"found": len(lines) - new.total(), "compiled": new.total(), "kernels": dict(new)}
-
-
-def pack(bundle: Path, files: list[Path]) -> None:
-    """An archive of the files, which is whole at any time."""
-    unfinished = bundle.with_name(f"{bundle.name}.unfinished")
-    with tarfile.open(unfinished, "w:gz") as archive:
-        for file in files:
-            archive.add(file, file.name)
-    unfinished.replace(bundle)
-
-
-def relocate(cache: Path) -> None:
-    """Triton writes into its cache where the cache lies: make that true again of one that was moved."""
-    for group in cache.glob("*/__grp__*.json"):
-        paths = json.loads(group.read_text()).get("child_paths", {})
-        here = {name: str(group.parent / name) for name in paths}
-        if here != paths:
-            group.write_text(json.dumps({"child_paths": here}))
-
-
-def prepared(cache: Path) -> None:
-    """Pack what was compiled, without what a run does not read."""
-    for file in cache.glob("*/*.source"):
-        file.unlink()
-    archive = cache.with_name(f"{cache.name}.tar.xz")
-    with tarfile.open(archive, "w:xz", preset=2) as packed:
-        packed.add(cache, cache.name)
-    folders = sum(1 for _ in cache.glob("*/*.cubin"))
-    print(f"{folders} kernels in {cache}, {archive.stat().st_size / 2**20:.1f} MiB packed in {archive}")
+    new = {line["key"]: line["kernel"] for line in lines if not line["found"]}
+    found = {line["key"] for line in lines} - {*new}
+    return {"found": len(found), "compiled": len(new), "kernels": Counter(new.values())}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -297,11 +288,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python3 -m bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts; default: %(default)s")
     parser.add_argument("--only", metavar="PART,...", help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--failed", action="store_true", help="run the tests that failed in the run before, no more")
-    parser.add_argument("--all", action="store_true", help="also cold first calls, Python alone, max-autotune")
+    parser.add_argument(
+        "--failed", action="store_true", help="only the tests that failed before, by the results in the folder"
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="also the parts python, simple_nn and cold, and torch.compile's max-autotune"
+    )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the results; default: bench/results")
     parser.add_argument("--bundle", type=Path, metavar="FILE", help="an archive (tar.gz) of the results so far")
-    parser.add_argument("--rehearse", action="store_true", help="without a GPU: all parts, small, on a pretended H100")
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU: the parts, small, on a pretended H100")
     parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="without a GPU: compile for an H100 into FOLDER")
     options = parser.parse_args(arguments)
     options.pretend = "compile" if options.prepare else "sample" if options.rehearse else ""
@@ -312,11 +307,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if unknown := set(wanted) - set(PARTS):
         parser.error(f"unknown parts {sorted(unknown)}; known are {list(PARTS)}")
     options.parts = [name for name in PARTS if name in wanted and not (options.prepare and name not in PREPARED)]
+    if not options.parts:
+        parser.error(f"--prepare has something to compile in {', '.join(PREPARED)} alone")
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the parts; 1 if a test failed or the tests did not end, 2 if there is no GPU or no pytest."""
+    """Run the parts. Returns 1 if a part failed or the tests did not end, 2 if nothing could be run."""
     options = parse(arguments)
     name = "pretended-h100" if options.pretend else card()
     if name is None or find_spec("pytest") is None:
@@ -336,14 +333,14 @@ def main(arguments: list[str] | None = None) -> int:
         if not again:
             print("no test failed in the run before")
             return 0
-    run.file("machine.txt").write_text(machine())
-    print("no limit of time" if options.pretend else run.plan(), flush=True)
+    said = machine()
+    run.file("machine.txt").write_text(said)
+    print(said + ("no limit of time" if options.pretend else run.plan()), flush=True)
     for part in options.parts:
         run.run(part, again)
     if options.prepare:
-        prepared(options.prepare)
-    passed = ("exit status 0", COMPILED_ONLY)
-    return int(run.ended.get("tests", {}).get("status", passed[0]) not in passed)
+        pack_kernels(options.prepare)
+    return int(not run.is_good())
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -26,7 +28,7 @@ from .conftest import seconds_left
 MODULES = (linear, cross_entropy, mlp_training, adam)
 
 KERNELS = sorted({name for module in MODULES for name in vars(module) if name.endswith("_kernel")})
-"""All that launch."""
+"""The names of all kernels that are launched."""
 
 TOOLS = ("memcheck", "racecheck")
 
@@ -53,22 +55,25 @@ def launch_all(device: str = "cuda", steps: int = 100) -> None:
         (2 * functional.cross_entropy(logits, t, label_smoothing=0.1)).backward()
 
 
-def sanitize(tool: str, seconds: float | None) -> dict[str, object]:
+def sanitize(tool: str, seconds: float | None) -> dict[str, str]:
     """Run this module under a tool; what it said."""
     options = ["--error-exitcode=9", "--report-api-errors=no", "--target-processes=application-only"]
     names = [f"--kernel-name=kne={name}" for name in KERNELS]
     once = [sys.executable, "-m", "bench.sanitizer", "--once"]
     command = ["compute-sanitizer", f"--tool={tool}", *options, *names, *once]
     alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor its own allocation, past whose end an access is seen
-    try:
-        done = subprocess.run(
-            command, env=os.environ | alone, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-            timeout=seconds,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as error:
-        said = error.stdout or b""
-        return {"status": "out of time", "said": said.decode(errors="replace") if isinstance(said, bytes) else said}
-    return {"status": f"exit status {done.returncode}", "said": done.stdout}
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            command, env=os.environ | alone, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            status = f"exit status {process.wait(seconds)}"
+        except subprocess.TimeoutExpired:
+            status = "out of time"
+            os.killpg(process.pid, signal.SIGKILL)  # the program that it watches too, which holds the GPU
+            process.wait()
+        said.seek(0)
+        return {"status": status, "said": said.read()}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -82,19 +87,19 @@ def main(arguments: list[str] | None = None) -> int:
         launch_all()
         torch.cuda.synchronize()
         return 0
-    if shutil.which("compute-sanitizer") is None:
+    if shutil.which("compute-sanitizer") is None or torch.version.hip:
         launch_all()
-        print("left out: compute-sanitizer is not installed; the kernels ran without it")
+        print("compute-sanitizer is not installed: the kernels ran without it")
         return 0
     launch_all()  # so that what has to be compiled is, at full speed
     said = {}
     for place, tool in enumerate(TOOLS):
         left = seconds_left()
         said[tool] = sanitize(tool, None if left is None else left / (len(TOOLS) - place))
-    if options.json:
-        options.json.write_text(json.dumps(said, indent=1) + "\n")
-    for tool, result in said.items():
-        print(f"{tool}: {result['status']}", result["said"], sep="\n")
+        print(said[tool]["said"], flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(said, indent=1) + "\n")
+    print(", ".join(f"{tool}: {result['status']}" for tool, result in said.items()))
     return int(any(result["status"] != "exit status 0" for result in said.values()))
 
 

@@ -1,11 +1,10 @@
-"""Tiles, warps and stages of the training kernel that do not spill, timed on a GPU; prints the rows of a better table.
+"""Times the tiles, warps and stages of the training kernel on a GPU, and prints the row that the table should have.
 
     python -m bench.sweep [--json FILE]
 
-Every configuration of `GRID` that fits is compiled, by several processes, as train_steps would compile it; what takes
-local memory is out. Each of the others trains as `bench_train_steps` does, after its first gradients and losses were
-held to eager's, in turns with the row of the table of now. A table's row serves several sizes: the last lines say which
-configuration is best at the size that stands for each.
+For each case several processes compile every configuration of `GRID` that fits, as train_steps would. What spills is
+left out. The rest train as in bench_train_steps.py, in turns with the current row of the table; before that their first
+gradients and losses are compared with eager's. The fastest is printed as a row, with the time that chose it.
 """
 
 import argparse
@@ -14,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -27,14 +27,16 @@ from fusednn.kernels import mlp_training
 
 from . import bench_train_steps, builds, resources, watch
 from .bench_train_steps import DIGITS, MNIST, Case, Loop
-from .conftest import PRETEND, seconds_left
+from .conftest import PRETEND, float32_products, seconds_left
+from .gpu import MOST_WORKERS
 from .launches import Driver
+from .resources import workers
 
 GRID = ((64, 32), (128, 64, 32), (64, 32), ((8, 1), (8, 2), (16, 1)))
 """The most rows of the batch, hidden units and inputs of a tile; warps and stages. Those of 128 rows spill."""
 
 CASES = [
-    # the first is what the goals are of; each stands for a row of the table
+    # the first two are the nets of the goals; on an H100 in TF32 each stands for a row of the table
     (DIGITS, 32), (MNIST, 128), (DIGITS, 256),
 ]  # fmt: skip
 
@@ -57,23 +59,28 @@ class Setting(NamedTuple):
     def __str__(self) -> str:
         return f"{'-'.join(map(str, self.sizes))}, batch {self.batch}, {self.precision}"
 
-    def row(self) -> Config:
-        """The table's own configuration, with the tiles that come of it."""
-        sizes = mlp_training.Sizes(self.batch, *self.sizes)
-        return self.cut(mlp_training.choose(sizes, self.architecture, self.precision))
+    def row(self) -> tuple[int | None, int | None, tuple[int, ...]]:
+        """The row of the table that serves: the most rows of a batch, the most inputs, and the configuration."""
+        config = mlp_training.choose(self.all_sizes(), self.architecture, self.precision)
+        return next(row for row in mlp_training.CONFIGS[self.architecture, self.precision] if row[2] is config)
+
+    def current(self) -> Config:
+        """The configuration of that row, with the tiles that come of it."""
+        return self.cut(self.row()[2])
 
     def cut(self, config: tuple[int, ...]) -> Config:
         """`config` with tiles no larger than the net and the batch, as the launcher takes it."""
-        inputs, hidden, outputs = self.sizes
-        widest = max(mlp_training.SMALLEST, mlp_training.MOST_WEIGHTS // mlp_training.block(outputs))
-        tiles = zip(config[:3], (self.batch, hidden, inputs), (2**30, widest, 2**30), strict=True)
-        b, h, i = (min(most, mlp_training.block(size), limit) for most, size, limit in tiles)
-        return b, h, i, config[3], config[4]
+        block_b, block_h, block_i, _ = mlp_training.tiles(config, self.all_sizes())
+        return block_b, block_h, block_i, config[3], config[4]
+
+    def all_sizes(self) -> mlp_training.Sizes:
+        """Of batch and net."""
+        return mlp_training.Sizes(self.batch, *self.sizes)
 
     def configs(self) -> list[Config]:
-        """The grid, each configuration once, and the table's own first."""
-        grid = [self.cut((*tiles, *rest)) for *tiles, rest in product(*GRID)]
-        return list(dict.fromkeys([self.row(), *grid]))[: 3 if PRETEND == "sample" else None]
+        """The grid, each configuration once, and the current one first."""
+        grid = [self.cut((*most, *rest)) for *most, rest in product(*GRID)]
+        return list(dict.fromkeys([self.current(), *grid]))[: 3 if PRETEND == "sample" else None]
 
 
 @contextmanager
@@ -82,8 +89,10 @@ def table_of(setting: Setting, config: Config) -> Iterator[None]:
     key = setting.architecture, setting.precision
     with patch.dict(mlp_training.CONFIGS, {key: ((None, None, config),)}):
         mlp_training.plan_training.cache_clear()
-        yield
-    mlp_training.plan_training.cache_clear()
+        try:
+            yield
+        finally:
+            mlp_training.plan_training.cache_clear()
 
 
 def stand_in(architecture: int) -> None:
@@ -107,17 +116,14 @@ def compile_one(setting: Setting, config: Config) -> int:
     return resources.usage(compiled.asm["cubin"])["STACK"]
 
 
-def stacks(settings: list[Setting], architecture: int) -> dict[tuple[Setting, Config], int]:
-    """That of every configuration, by as many processes as there are CPUs; what does not compile is left out."""
-    tasks = [(setting, config) for setting in settings for config in setting.configs()]
-    found = {}
-    with resources.workers(min(14, os.cpu_count() or 1), stand_in, architecture) as pool:
-        futures = [pool.submit(compile_one, *task) for task in tasks]
-        for task, future in zip(tasks, futures, strict=True):
-            try:
-                found[task] = future.result()
-            except Exception as error:
-                print(f"{task[0]}: {task[1]} does not compile: {type(error).__name__}: {str(error)[:200]}")
+def stacks(pool: ProcessPoolExecutor, setting: Setting) -> dict[Config, int]:
+    """Bytes of local memory of every configuration; what does not compile is left out."""
+    configs, found = setting.configs(), {}
+    for config, future in [(config, pool.submit(compile_one, setting, config)) for config in configs]:
+        try:
+            found[config] = future.result()
+        except Exception as error:
+            print(f"{setting}: {config} does not compile: {type(error).__name__}: {str(error)[:200]}")
     return found
 
 
@@ -135,12 +141,20 @@ class Timed(NamedTuple):
 
 
 def ready(setting: Setting, config: Config) -> Timed | None:
-    """A loop that trains by `config` and was checked, and how many steps a round has; None if it is wrong."""
+    """A loop that trains by `config`, checked, and how many steps a round has; None if the GPU does not take it.
+
+    Raises AssertionError where it trains wrongly, or not by the training kernel.
+    """
     loop = Loop(Case(setting.sizes, setting.batch, 0, setting.precision, "fusednn"))
     try:
+        assert loop.engine().startswith("train_steps: resident")
+        loop.restart()
         loop.check()
-    except Exception as error:  # too much shared memory, or wrong
-        print(f"{setting}: {config} fails: {type(error).__name__}: {str(error)[:200]}")
+    except AssertionError:
+        print(f"{setting}: {config} is WRONG")
+        raise
+    except Exception as error:  # such as too much shared memory
+        print(f"{setting}: {config} does not run: {type(error).__name__}: {str(error)[:200]}")
         return None
     return Timed(config, loop, max(3, int(loop.steps_a_round() * ROUND_SECONDS / bench_train_steps.ROUND_SECONDS)), [])
 
@@ -162,19 +176,20 @@ def measure(setting: Setting, configs: list[Config]) -> list[Timed]:
 
 
 def report(setting: Setting, timed: list[Timed]) -> None:
-    """The times, and the row."""
+    """Print the times, and the row."""
     print(f"\n{setting}: us a step, median and range; (rows, hidden units, inputs of a tile, warps, stages)")
     for one in timed:
-        now = "  the table's" if one.config == setting.row() else ""
-        print(f"  {one.us():8.2f}  {min(one.rounds):8.2f} to {max(one.rounds):8.2f}  {one.config}{now}")
+        current = "  current" if one.config == setting.current() else ""
+        print(f"  {one.us():8.2f}  {min(one.rounds):8.2f} to {max(one.rounds):8.2f}  {one.config}{current}")
     best, us = timed[0], {one.config: one.us() for one in timed}
-    ratio = f"{best.us() / us[setting.row()]:.3f} of" if setting.row() in us else "where there is no time of"
-    words = f"{best.us():.2f} us on {torch.cuda.get_device_name()}, {ratio} the row of now"
-    print(f'  ("{setting.architecture}", "{setting.precision}"): {best.config},  # {words}', flush=True)
+    ratio = f", {best.us() / us[setting.current()]:.3f} of the current row" if setting.current() in us else ""
+    words = f"{setting}: {best.us():.2f} us on {torch.cuda.get_device_name()}{ratio}"
+    row = *setting.row()[:2], best.config
+    print(f'  ("{setting.architecture}", "{setting.precision}"): {row},  # {words}', flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compile, time, print; 1 where nothing could be timed."""
+    """Compile, time, print; 1 if nothing could be timed. Raises AssertionError if a configuration trains wrongly."""
     parser = argparse.ArgumentParser(prog="python -m bench.sweep", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the times to FILE")
     options = parser.parse_args(arguments)
@@ -182,28 +197,29 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         parser.error("this needs a GPU")
     architecture = mlp_training.architecture_of(torch.empty(0, device="cuda"))
-    settings = [Setting(*case, precision, architecture) for precision, case in product(PRECISIONS, CASES)]
+    if architecture == "other":
+        print("left out: compiled kernels are read for NVIDIA's GPUs alone")
+        return 0
     major, minor = torch.cuda.get_device_capability()
-    stack = stacks(settings, 10 * major + minor)
     results: list[dict[str, Any]] = []
     longest = 5.0  # seconds of a setting
-    for setting in settings:
-        begin = time.monotonic()
-        if (left := seconds_left()) is not None and left < longest:
-            print(f"{setting}: not reached: no time left")
-            continue
-        configs = [config for (whose, config), bytes_ in stack.items() if whose == setting and not bytes_]
-        print(f"{setting}: {len(configs)} of {len(setting.configs())} configurations do not spill")
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high" if setting.precision == "tf32" else "highest")
-        timed = measure(setting, configs)
-        torch.set_float32_matmul_precision(before)
-        if timed:
-            report(setting, timed)
-        results += [{**setting._asdict(), "config": one.config, "us": one.rounds} for one in timed]
-        if options.json:
-            options.json.write_text(json.dumps(results, indent=1) + "\n")
-        longest = max(longest, time.monotonic() - begin)
+    with workers(min(MOST_WORKERS, os.cpu_count() or 1), stand_in, 10 * major + minor) as pool:
+        for precision, case in product(PRECISIONS, CASES):
+            begin, setting = time.monotonic(), Setting(*case, precision, architecture)
+            if (left := seconds_left()) is not None and left < longest:
+                print(f"{setting}: not reached: no time left")
+                continue
+            found = stacks(pool, setting)
+            configs = [config for config, stack in found.items() if not stack or config == setting.current()]
+            print(f"{setting}: {list(found.values()).count(0)} of {len(found)} configurations do not spill")
+            with float32_products(precision):
+                timed = measure(setting, configs[:1] if PRETEND == "compile" else configs)
+            if timed:
+                report(setting, timed)
+            results += [{**setting._asdict(), "config": one.config, "us": one.rounds} for one in timed]
+            if options.json:
+                options.json.write_text(json.dumps(results, indent=1) + "\n")
+            longest = max(longest, time.monotonic() - begin)
     return int(not results)
 
 

@@ -1,4 +1,4 @@
-"""What a process of a run on a GPU leaves as it goes: how each test ended, and which kernels had to be compiled.
+"""Writes down, while a run on a GPU goes on, how each test ended and which kernels were compiled.
 
 A pytest plugin (`-p bench.watch`), and `compilations()` for what is no test. Each line is written when it is known, to
 the files that the environment names, so that a process that is killed has left all that it knew.
@@ -28,9 +28,10 @@ def compilations() -> None:
         return
     from triton import knobs
 
-    def listener(src: Any, cache_hit: bool, **more: Any) -> None:
+    def listener(src: Any, metadata: dict[str, Any], cache_hit: bool, **more: Any) -> None:
         if getattr(getattr(src, "fn", None), "__module__", "").startswith("fusednn."):
-            append(COMPILATIONS, kernel=src.name, found=cache_hit, test=os.environ.get("PYTEST_CURRENT_TEST"))
+            test = os.environ.get("PYTEST_CURRENT_TEST")
+            append(COMPILATIONS, key=metadata["hash"], kernel=src.name, found=cache_hit, test=test)
 
     knobs.compilation.listener = listener
 
@@ -50,7 +51,7 @@ class Worker:
 
 
 class Outcomes:
-    """How each test ended; of setup and teardown only that they failed."""
+    """How each test ended. Setup and teardown are noted only if they failed or skipped."""
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Of a pool all come through here."""

@@ -308,6 +308,14 @@ def choose(sizes: Sizes, architecture: str, precision: str) -> tuple[int, ...]:
     raise AssertionError("the last row holds every size")
 
 
+def tiles(config: tuple[int, ...], sizes: Sizes) -> tuple[int, int, int, int]:
+    """Rows of the batch, hidden units, inputs and outputs of a tile: no more than the configuration's, or there are."""
+    pairs = zip(config[:3], (sizes.batch, sizes.hidden, sizes.inputs), strict=True)
+    block_b, block_h, block_i = (min(most, block(size)) for most, size in pairs)
+    block_o = block(sizes.outputs)
+    return block_b, min(block_h, max(SMALLEST, MOST_WEIGHTS // block_o)), block_i, block_o
+
+
 def architecture_of(x: torch.Tensor) -> str:
     """The architecture of the device of `x` as the table has them; "other" is AMD, Intel and the interpreter."""
     if not x.is_cuda or torch.version.hip:
@@ -321,12 +329,9 @@ def plan_training(
     sizes: Sizes, has_b1: bool, has_b2: bool, options: Options, architecture: str, dtype: torch.dtype, precision: str
 ) -> tuple[Launch, int]:
     """The launch of mlp_training_kernel, and how many columns its dy has."""
-    *most, warps, stages = choose(sizes, architecture, "fp64" if dtype == torch.float64 else precision)
+    config = choose(sizes, architecture, "fp64" if dtype == torch.float64 else precision)
+    (block_b, block_h, block_i, block_o), (warps, stages) = tiles(config, sizes), config[3:]
     most_registers = None if architecture == "other" else min(MOST_REGISTERS, REGISTERS // (32 * warps))
-    tiles = zip(most, (sizes.batch, sizes.hidden, sizes.inputs), strict=True)
-    block_b, block_h, block_i = (min(most, block(size)) for most, size in tiles)
-    block_o = block(sizes.outputs)
-    block_h = min(block_h, max(SMALLEST, MOST_WEIGHTS // block_o))
     flags = {name.upper(): value for name, value in options._asdict().items()}
     launched = plan(
         1, LaunchConfig(block_b, block_h, block_i, warps, stages, most_registers),

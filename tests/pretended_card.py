@@ -7,9 +7,9 @@ Tensors lie in the memory of the CPU and say that they are on cuda:0. `torch.cud
 down to machine code, and where it would launch that, its interpreter runs the source. What a CUDA graph captures is
 written down and run again. torch.compile returns what it is given. No race and no time is seen here.
 
-FUSEDNN_PRETEND=sample takes a sample of the tests. FUSEDNN_PRETEND=compile compiles the kernels and runs none, which
-fills Triton's cache. No result is right then, and no check of one may end a test before its last kernel is compiled:
-set PYTHONOPTIMIZE=1 and run pytest with --assert=plain.
+FUSEDNN_PRETEND=sample runs every fourth test. FUSEDNN_PRETEND=compile compiles the kernels and runs none, which fills
+Triton's cache. Results are wrong then: set PYTHONOPTIMIZE=1 and run pytest with --assert=plain, so that no assertion
+ends a test before its last kernel is compiled.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import re
 import runpy
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,15 +28,16 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity
 from torch.utils._device import _device_constructors
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.launches import Driver
 
+from .pretended_graphs import CUDAGraph, graph
+
 COMPILE_ONLY, SAMPLE = (os.environ.get("FUSEDNN_PRETEND") == kind for kind in ("compile", "sample"))
 
 EVERY = 4
-"""Of a sample of the tests one in so many runs."""
+"""In a sample one test in so many runs."""
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -114,79 +115,6 @@ class Stream:
         """Nothing: all is done at once."""
 
     wait_stream = wait_event = synchronize
-
-
-class Recorder(TorchDispatchMode):
-    """Writes down each operator and each launch, to be run again into the same results; undoes what they wrote."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[Callable[[], None]] = []
-        self.before: list[tuple[Tensor, Tensor]] = []
-        self.inside = False
-
-    def keep(self, tensors: Iterable[Any]) -> None:
-        """What these have now is what they have after the capture, which on a card runs nothing."""
-        self.before += [(tensor.detach(), tensor.detach().clone()) for tensor in tensors if isinstance(tensor, Tensor)]
-
-    def undo(self) -> None:
-        """The memory is as it was."""
-        for tensor, value in reversed(self.before):
-            tensor.copy_(value)
-        self.before.clear()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run `function`, and note how to run it again."""
-        if function is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        schema, options = function._schema, kwargs or {}
-        for place, argument in enumerate(schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                self.keep(tree_leaves(args[place] if place < len(args) else options.get(argument.name)))
-        self.inside = True
-        try:
-            given = function(*args, **options)
-        finally:
-            self.inside = False
-        written = all(value.alias_info is None for value in schema.returns) and "empty" not in function.name()
-
-        def again() -> None:
-            once_more = function(*args, **options)
-            if written:  # and not a view, nor in place, nor left for others to write
-                for old, new in zip(tree_leaves(given), tree_leaves(once_more), strict=True):
-                    if isinstance(old, Tensor):
-                        old.detach().copy_(new)
-
-        self.calls.append(again)
-        return given
-
-
-class CUDAGraph:
-    """What a capture has written down."""
-
-    recording: Recorder | None = None
-
-    def __init__(self, *arguments: Any) -> None:
-        self.recorder = Recorder()
-
-    def replay(self) -> None:
-        """Run all of it again."""
-        with torch.no_grad():
-            for call in self.recorder.calls:
-                call()
-
-
-@contextlib.contextmanager
-def graph(captured: CUDAGraph, *arguments: Any, **options: Any) -> Iterator[None]:
-    """torch.cuda.graph."""
-    CUDAGraph.recording = captured.recorder
-    try:
-        with captured.recorder:
-            yield
-    finally:
-        CUDAGraph.recording = None
-        with torch.no_grad():
-            captured.recorder.undo()
 
 
 class Card(Driver):
@@ -293,12 +221,12 @@ def passing(check: Callable[..., bool]) -> Callable[..., bool]:
 
 
 def nothing() -> Callable[..., Any]:
-    """A function that does nothing, and whose result is a context that does nothing; another each time."""
+    """A function that does nothing, also as a context: a new one each time, as torch._dynamo wants for each name."""
     return lambda *arguments, **options: contextlib.nullcontext()
 
 
 def install() -> Card:
-    """From now on this process has a pretended card."""
+    """Pretend from now on, in this process, that it has an H100."""
     os.environ["TRITON_INTERPRET"] = "0"
     cuda = torch.cuda
     answers = {

@@ -63,11 +63,13 @@ def test_what_the_tool_says(
 @pytest.mark.usefixtures("no_launches")
 def test_a_tool_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, "none", 0, monkeypatch)
-    (tmp_path / "compute-sanitizer").write_text("#!/bin/sh\necho begun\nexec sleep 60\n")
+    (tmp_path / "compute-sanitizer").write_text(f"#!/bin/sh\necho begun\nsleep 61.5 & echo $! > {tmp_path}/pid; wait\n")
     monkeypatch.setattr(sanitizer, "seconds_left", lambda: 2.0)
     assert sanitizer.main([f"--json={tmp_path}/said.json"]) == 1
     said = json.loads((tmp_path / "said.json").read_text())
     assert said["racecheck"] == {"status": "out of time", "said": "begun\n"}
+    state = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"  # what it watched is gone too
 
 
 @pytest.mark.usefixtures("no_launches")

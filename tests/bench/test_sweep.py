@@ -30,7 +30,7 @@ def launched(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> tuple[int, ..
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_what_is_tried_is_what_is_launched(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     configs = setting.configs()
-    assert configs[0] == setting.row() == launched(setting, monkeypatch)
+    assert configs[0] == setting.current() == launched(setting, monkeypatch)
     assert len({*configs}) == len(configs) >= 12
     before = dict(mlp_training.CONFIGS)
     for config in configs:
@@ -51,22 +51,24 @@ def test_each_row_of_the_table_has_a_case() -> None:
 def test_the_report_names_the_best(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
     setting = SETTINGS[0]
-    best, other = Timed((32, 64, 64, 8, 1), None, 10, [3.0, 2.0, 2.5]), Timed(setting.row(), None, 10, [5.0])  # type: ignore[arg-type]
+    best, other = Timed((32, 64, 64, 8, 1), None, 10, [3.0, 2.0, 2.5]), Timed(setting.current(), None, 10, [5.0])  # type: ignore[arg-type]
     sweep.report(setting, [best, other])
     said = capsys.readouterr().out
-    assert '("sm_90", "tf32"): (32, 64, 64, 8, 1),  # 2.50 us on a card, 0.500 of the row of now' in said
+    row = '("sm_90", "tf32"): (32, None, (32, 64, 64, 8, 1)),'
+    assert f"{row}  # 64-128-10, batch 32, tf32: 2.50 us on a card, 0.500 of the current row" in said
     assert "2.00 to     3.00" in said
     sweep.report(setting, [best])
-    assert "where there is no time of the row of now" in capsys.readouterr().out
+    assert "2.50 us on a card\n" in capsys.readouterr().out
 
 
 COMPILE = """
-from bench import sweep
-setting = sweep.Setting((64, 64, 10), 256, "tf32", "sm_90")
+from bench import resources, sweep
+
 if __name__ == "__main__":
-    setting = setting._replace()
     sweep.Setting.configs = lambda setting: [(64, 32, 64, 8, 1), (128, 64, 64, 8, 1)]
-    print([stack > 0 for stack in sweep.stacks([setting], 90).values()])
+    with resources.workers(2, sweep.stand_in, 90) as pool:
+        stacks = sweep.stacks(pool, sweep.Setting((64, 64, 10), 256, "tf32", "sm_90"))
+    print([stack > 0 for stack in stacks.values()])
 """
 
 

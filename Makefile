@@ -1,11 +1,11 @@
 # Every target sets itself up from nothing: the virtual environment is made when constraints.txt or
-# setup.py is newer than it. `make gpu` alone uses the Python it finds, because a GPU machine brings its own
-# torch and triton and may have no network.
+# setup.py is newer than it; that of rehearse, prepare and resources-3.6 when it is not there. `make gpu` alone uses the
+# Python it finds, because a GPU machine brings its own torch and triton and may have no network.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-CARD := $(VENV)-3.6/.ready
+OLD := $(VENV)-3.6-$(notdir $(PYTHON))
 
 .PHONY: help train test test-full lint bench resources resources-3.6 mutants sanitize gpu rehearse prepare clean
 
@@ -17,10 +17,10 @@ $(READY): setup.py constraints.txt $(wildcard kernels/native/*)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-# The software of a GPU machine, 5 GB; but for numpy, which Triton 3.6's interpreter wants older than it is there.
-$(CARD):
-	$(PYTHON) -m venv $(VENV)-3.6
-	$(VENV)-3.6/bin/python -m pip install --quiet --disable-pip-version-check torch==2.11.0 triton==3.6.0 'numpy<2.4' \
+# What GPU machines have: torch 2.11 and Triton 3.6, 5 GB. numpy is older, because Triton 3.6's interpreter needs it.
+$(OLD)/.ready:
+	$(PYTHON) -m venv $(OLD)
+	$(OLD)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.11.0 triton==3.6.0 'numpy<2.4' \
 		pytest==9.2.0 pytest-benchmark==5.3.1 pytest-xdist==3.8.0
 	touch $@
 
@@ -46,8 +46,8 @@ bench: $(READY)  ## the benchmarks that this machine can run, and the traffic ta
 resources: $(READY)  ## registers, spills and instructions of every kernel, compiled ahead of time
 	$(BIN)/python -m bench.resources --check
 
-resources-3.6: $(CARD)  ## the same for an H100 under Triton 3.6, which GPU machines have
-	$(VENV)-3.6/bin/python -m bench.resources --check --targets sm_90
+resources-3.6: $(OLD)/.ready  ## the same for an H100 under Triton 3.6, which GPU machines have
+	$(OLD)/bin/python -m bench.resources --check --targets sm_90
 
 mutants: $(READY)  ## break each kernel on purpose; fails if the tests let one breakage live
 	$(BIN)/python -m tests.mutants
@@ -69,11 +69,11 @@ sanitize: $(READY)  ## the native engine under AddressSanitizer and UndefinedBeh
 gpu:  ## on a GPU: the tests marked gpu, then the benchmarks, within 9 minutes
 	$(PYTHON) -m bench.gpu
 
-rehearse: $(CARD)  ## the same without a GPU, small, on a pretended H100; a time there says nothing
-	$(VENV)-3.6/bin/python -m bench.gpu --rehearse
+rehearse: $(OLD)/.ready  ## the same without a GPU, small, on a pretended H100; its times mean nothing
+	$(OLD)/bin/python -m bench.gpu --rehearse
 
-prepare: $(CARD)  ## compile what a GPU machine would into build/kernels.tar.xz, for docs/on-a-gpu.md
-	$(VENV)-3.6/bin/python -m bench.gpu --prepare build/kernels
+prepare: $(OLD)/.ready  ## compile for an H100 what `make gpu` launches, into build/compiled-kernels.tar.xz
+	$(OLD)/bin/python -m bench.gpu --prepare build/compiled-kernels
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) $(VENV)-3.6 *.egg-info build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .benchmarks
+	rm -rf $(VENV) $(VENV)-3.6* *.egg-info build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .benchmarks

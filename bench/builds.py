@@ -174,7 +174,7 @@ def training_calls(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
 
 
 def train(sizes: tuple[int, int, int], batch: int, dtype: torch.dtype, options: mlp_training.Options) -> None:
-    """Steps of a net on tensors without memory: what launches may be recorded."""
+    """Train a net on meta tensors, so that its launch can be recorded."""
     inputs, hidden, outputs = sizes
     x = torch.empty(60000, inputs, dtype=dtype, device="meta")
     labels = torch.empty(60000, dtype=torch.int64, device="meta")

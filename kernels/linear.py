@@ -174,8 +174,8 @@ CONFIGS = {
         (64, 64, 16, 8, 2),
     ),
 }  # fmt: skip
-# of bf16's weight gradients 64 x 64 tiles, split, spill with two stages on sm_80, and 16 x 32 tiles with three on sm_90
-# under Triton 3.6; fp16's 64 x 64 tiles, not split, spill with three
+# Three rows of bf16 differ. Of its weight gradients 64 x 64 tiles, split, spill with two stages on sm_80, and 16 x 32
+# tiles with three on sm_90 under Triton 3.6. fp16's 64 x 64 tiles, not split, spill with three.
 CONFIGS["bf16"] = (
     CONFIGS["fp16"][0], (16, 32, 64, 4, 2), CONFIGS["fp16"][2], (64, 64, 32, 4, 3), (64, 64, 32, 4, 3),
     CONFIGS["fp16"][-1],

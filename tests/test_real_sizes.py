@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.conftest import float32_products
 from fusednn import explain, functional, reference, train_steps
 from fusednn.kernels.linear import is_library
 
 pytestmark = [pytest.mark.gpu, pytest.mark.unpoisoned]
 
 PRETEND = os.environ.get("FUSEDNN_PRETEND", "")
-"""What no GPU is there for: fewer steps and rows, by kernels that are the same."""
+"""Set on a pretended GPU: fewer steps and rows, the same kernels."""
 
 NETS = [
     # sizes and batch: those of the benchmarks, and one of each row of the training kernel's table
@@ -36,10 +37,8 @@ STEPS = 6 if PRETEND else 3000
 
 @pytest.fixture(params=["tf32", "ieee"])
 def precision(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if request.param == "tf32" else "highest")
-    yield request.param
-    torch.set_float32_matmul_precision(before)
+    with float32_products(request.param):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +108,7 @@ CLASSES = [10, 100, 256, 1024, 4096, 16384, 32768, 65536, 131072, 262144]
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("classes", CLASSES)
 def test_cross_entropy(classes: int, dtype: torch.dtype) -> None:
-    """Loss, and gradient at the labels and away from them, where it is so small that at the labels' side it is lost."""
+    """Loss and gradient. Away from the labels the gradient is so small that beside theirs its error would not show."""
     rows = max(3, min(4096, 2 ** (18 if PRETEND else 26) // classes)) + 1
     x = torch.randn(rows, classes, device="cuda").to(dtype).requires_grad_()
     t = torch.randint(classes, (rows,), device="cuda")
@@ -141,17 +140,13 @@ def test_linear_relu(shape: tuple[int, int, int], kind: str) -> None:
         pytest.skip("PyTorch multiplies")
     m, n, k = (min(shape[0], 2048), shape[1], min(shape[2], 96)) if PRETEND == "sample" else shape
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(kind, torch.float32)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
-    try:
+    with float32_products(kind):
         inputs = [torch.randn(size, device="cuda").to(dtype).requires_grad_() for size in ((m, k), (n, k), (n,))]
         exact = [leaf.detach().double().requires_grad_() for leaf in inputs]
         z = F.linear(*exact)
         y, right = functional.linear_relu(*inputs), torch.relu(z)
         dy = torch.randn_like(y) * (z.detach().abs() > 0.05 * k**0.5)
         ours = [y.detach(), *torch.autograd.grad(y, inputs, dy)]
-    finally:
-        torch.set_float32_matmul_precision(before)
     theirs = [right.detach(), *torch.autograd.grad(right, exact, dy.double())]
     most = {"bf16": 2**-8, "fp16": 2**-11, "tf32": 2e-3, "ieee": 1e-5}[kind]
     for one, other in zip(ours, theirs, strict=True):

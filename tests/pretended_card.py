@@ -8,10 +8,11 @@ down to machine code, and where it would launch that, its interpreter runs the s
 written down and run again. torch.compile returns what it is given. No race and no time is seen here.
 
 FUSEDNN_PRETEND=sample runs every fourth test. FUSEDNN_PRETEND=compile compiles the kernels and runs none, which fills
-Triton's cache. Results are wrong then: set PYTHONOPTIMIZE=1 and run pytest with --assert=plain, so that no assertion
-ends a test before its last kernel is compiled.
+Triton's cache. Results are wrong then, so what tests assert is evaluated and passes: set PYTHONPYCACHEPREFIX, since
+pytest keeps such tests compiled.
 """
 
+import ast
 import contextlib
 import functools
 import os
@@ -25,6 +26,7 @@ from typing import Any
 
 import pytest
 import torch
+from _pytest.assertion import rewrite
 from torch import Tensor
 from torch.profiler import ProfilerActivity
 from torch.utils._device import _device_constructors
@@ -215,6 +217,14 @@ class Generator(metaclass=_Generators):
     """What torch.Generator is replaced by."""
 
 
+class Unchecked(ast.NodeTransformer):
+    """Makes of each `assert x` a plain `x`."""
+
+    def visit_Assert(self, node: ast.Assert) -> ast.AST:
+        """x, which may launch a kernel."""
+        return ast.copy_location(ast.Expr(node.test), node)
+
+
 def passing(check: Callable[..., bool]) -> Callable[..., bool]:
     """`check`, whose result is no error."""
     return lambda *arguments, **options: check(*arguments, **options, raise_exception=False) or True
@@ -270,8 +280,11 @@ def install() -> Card:
     torch.profiler.profile = profile_of(torch.profiler.profile)
     if COMPILE_ONLY:
         torch.testing.assert_close = nothing()
+        sys.modules["torch.autograd.gradcheck"]._allclose_with_type_promotion = lambda *numbers: True
         for name in ("gradcheck", "gradgradcheck"):
             setattr(torch.autograd, name, passing(getattr(torch.autograd, name)))
+        rewrite.rewrite_asserts = lambda tree, *more: Unchecked().visit(tree)
+        pytest.register_assert_rewrite("tests.accuracy", "tests.training.runs")
     return card
 
 

@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fusednn import functional
 
-from .conftest import PRETEND, Stamp, Told, amounts, capture, cold, compiled, need, occupy, peak, seconds_of
+from .conftest import PRETEND, WARMUPS, Stamp, Told, amounts, capture, cold, compiled, need, occupy, peak, seconds_of
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -226,7 +226,7 @@ def in_a_graph(case: Case, benchmark: Any) -> None:
     with torch.set_grad_enabled(case.backward):
         graph = capture(layer.call, calls)
     benchmark.extra_info["calls a round"] = calls
-    benchmark.pedantic(graph.replay, setup=occupy, rounds=rounds, warmup_rounds=2)
+    benchmark.pedantic(graph.replay, setup=occupy, rounds=rounds, warmup_rounds=WARMUPS)
 
 
 def from_python(case: Case, benchmark: Any) -> None:
@@ -235,7 +235,7 @@ def from_python(case: Case, benchmark: Any) -> None:
     layer.check()
     calls, rounds = amounts(seconds_of(partial(layer.calls, 1)), 50)
     benchmark.extra_info |= {"calls a round": calls, "peak bytes over the inputs": peak(partial(layer.calls, 1))}
-    benchmark.pedantic(layer.calls, args=(calls,), rounds=rounds, warmup_rounds=2)
+    benchmark.pedantic(layer.calls, args=(calls,), rounds=rounds, warmup_rounds=WARMUPS)
     benchmark.extra_info |= kernels(layer.calls, min(calls, 10))
 
 

@@ -31,6 +31,9 @@ PRETEND = os.environ.get("FUSEDNN_PRETEND", "")
 """`sample` or `compile` if tests/pretended_card.py stands in for a GPU, else empty. If so, sizes are small, rounds few,
 and times mean nothing; the kernels are those of the real sizes."""
 
+WARMUPS = 0 if PRETEND else 2
+"""Rounds before those that count."""
+
 ROUNDS_SECONDS = 0.2
 """About how long the rounds of a benchmark on a GPU take together."""
 
@@ -63,7 +66,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def amounts(seconds: float, most_calls: int) -> tuple[int, int]:
     """How many calls a round, and how many rounds, of a call of so many seconds: 3 to 30 rounds, ROUNDS_SECONDS."""
     if PRETEND:
-        return min(most_calls, 3), 1
+        return 1, 1
     calls = max(1, min(most_calls, int(ROUNDS_SECONDS / 10 / seconds)))
     return calls, max(3, min(30, int(ROUNDS_SECONDS / (calls * seconds))))
 
@@ -145,29 +148,29 @@ def compiled(function: Callable[..., Any], mode: str | None = None) -> Callable[
     return torch.compile(function, dynamic=False, mode=mode)
 
 
-def capture(call: Callable[[], Any], calls: int) -> torch.cuda.CUDAGraph:
-    """So many calls as a CUDA graph: what is timed then is the GPU's work and not Python's."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            call()
-    return graph
-
-
 def repeat(call: Callable[[], Any], calls: int) -> None:
     """So many calls, as a captured graph has."""
     for _ in range(calls):
         call()
 
 
+def capture(call: Callable[[], Any], calls: int) -> torch.cuda.CUDAGraph:
+    """So many calls as a CUDA graph: what is timed then is the GPU's work and not Python's."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        repeat(call, 1 if PRETEND else 3)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        repeat(call, calls)
+    return graph
+
+
 def seconds_of(call: Callable[[], Any]) -> float:
     """About what a call takes when it is warm."""
+    if PRETEND:
+        return 1.0
     repeat(call, 3)
     torch.cuda.synchronize()
     begin = Stamp()

@@ -73,6 +73,7 @@ rehearse: $(OLD)/.ready  ## the same without a GPU, small, on a pretended H100; 
 	$(OLD)/bin/python -m bench.gpu --rehearse
 
 prepare: $(OLD)/.ready  ## compile for an H100 what `make gpu` launches, into build/compiled-kernels.tar.xz
+	rm -rf build/compiled-kernels
 	$(OLD)/bin/python -m bench.gpu --prepare build/compiled-kernels
 
 clean:  ## remove what the other targets made

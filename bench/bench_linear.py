@@ -7,8 +7,8 @@ Three measures, each a group of its own for every shape and precision:
                        number of kernels, the sum of their times by the profiler, and the peak of memory
     cold first call    the first call of a process that finds nothing compiled on the disk
 
-`cases` has them in the order of what is worth most, since `bench.gpu` gives all of them 90 seconds. By itself
-`python -m pytest bench/bench_linear.py --benchmark-only` has no limit.
+`cases` has them in the order of what is worth most; `Case.marks` says which `bench.gpu` leaves out without --all. By
+itself `python -m pytest bench/bench_linear.py --benchmark-only` runs all, without a limit of time.
 """
 
 from collections.abc import Callable, Iterator
@@ -115,9 +115,14 @@ class Case(NamedTuple):
     def marks(self) -> list[pytest.MarkDecorator]:
         """By which clock it is timed, and whether only who asks for all gets it."""
         timer = {"CUDA graph": Stamp, "cold first call": Told.now}.get(self.measure)
-        cold_or_tuned = self.measure == "cold first call" or self.implementation == "torch.compile max-autotune"
+        is_extra = (
+            self.measure == "cold first call"
+            or self.implementation == "torch.compile max-autotune"
+            or self.precision in ("fp16", "ieee")
+            or (self.measure == "from Python" and max(self.shape) >= 1024)
+        )
         marks = [pytest.mark.benchmark(timer=timer)] if timer else []
-        return [*marks, pytest.mark.extra] if cold_or_tuned else marks
+        return [*marks, pytest.mark.extra] if is_extra else marks
 
     def goals(self) -> dict[str, float]:
         """The most of each baseline's time that ours may take: less than theirs below 1024, else eager's within 2 %."""
@@ -137,13 +142,11 @@ def some(shapes: list[Shape], precisions: str, implementations: list[str]) -> It
 
 def cases() -> Iterator[Case]:
     """All, in the order of what is worth most; conftest.py puts what compiles for seconds behind the others."""
-    ours, inductor, every = ["eager", "_addmm_activation", "fusednn"], ["torch.compile"], "bf16 tf32 fp16 ieee"
-    yield from some(LEADING, "bf16 tf32", [*ours, *inductor])
+    every = ["eager", "_addmm_activation", "fusednn", "torch.compile"]
+    yield from some(LEADING + LARGEST + MORE, "bf16 tf32", every)
     for implementation in ("eager", "torch.compile", "fusednn"):
         yield Case(LEADING[0], "ieee", True, "cold first call", implementation)
-    yield from some(LEADING, "fp16 ieee", [*ours, *inductor])
-    yield from some(MORE, every, [*ours, *inductor])
-    yield from some(LARGEST, every, [*ours, *inductor])
+    yield from some(LEADING + MORE + LARGEST, "fp16 ieee", every)
     yield from some(LEADING + MORE + LARGEST, "bf16 fp16", ["quack"])
     yield from some([LEADING[0], LEADING[2], LEADING[4]], "bf16 tf32", ["torch.compile max-autotune"])
 

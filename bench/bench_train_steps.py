@@ -43,7 +43,7 @@ CHECKED = {"tf32": 2e-2, "ieee": 1e-3}
 
 CHECKED_GRADIENT = {"tf32": 0.1, "ieee": 1e-3}
 """How far the first gradient may be from eager's, by norm: a hidden unit near 0 may be on in one and off in the other,
-which at batch 32 is 2 % of the gradient of W1."""
+which at batch 32 is 2 % of the gradient of W1. Of smaller batches, five times as far."""
 
 ROUND_SECONDS = 0.1
 """How long a round of a step in long training takes."""
@@ -207,7 +207,8 @@ class Loop:
         eager = Loop(self.case._replace(implementation="eager"), self.inputs.device.type)
         for ours, theirs in zip(self.gradients(), eager.gradients(), strict=True):
             error = torch.linalg.vector_norm(ours - theirs) / torch.linalg.vector_norm(theirs)
-            assert error <= CHECKED_GRADIENT[self.case.precision], f"the first gradient is off by {error:.2e}"
+            most = CHECKED_GRADIENT[self.case.precision] * (1 if self.case.batch >= 32 else 5)
+            assert error <= most, f"the first gradient is off by {error:.2e}"
         torch.testing.assert_close(self.losses(10), eager.losses(10), rtol=CHECKED[self.case.precision], atol=0)
 
     def steps_a_round(self) -> int:
@@ -236,7 +237,10 @@ def measure(case: Case, benchmark: Any) -> None:
     if loop.way == "train_steps":
         benchmark.extra_info["engine"] = engine = loop.engine()
         assert engine.startswith("train_steps: resident")
-    benchmark.pedantic(loop.run, args=(steps,), rounds=1 if PRETEND else 5, warmup_rounds=1)
+    begin = time.perf_counter()
+    loop.run(steps)
+    rounds = 1 if PRETEND else max(5, min(100, int(5 * ROUND_SECONDS / (time.perf_counter() - begin))))
+    benchmark.pedantic(loop.run, args=(steps,), rounds=rounds)
 
 
 def each(cases: list[Case]) -> pytest.MarkDecorator:

@@ -9,6 +9,7 @@ are in the folder and in the bundle.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import re
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .packing import pack, pack_kernels, relocate
-from .watch import COMPILATIONS, OUTCOMES
+from .watch import AGAIN, COMPILATIONS, OUTCOMES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,8 +40,8 @@ LAST_BENCHMARK = 10
 GRACE = 15
 """Seconds before the end of its share at which a part is asked to report. At the end it is killed."""
 
-LEAST = 30
-"""A part with fewer seconds than this is not started."""
+LEAST = 45
+"""A part with fewer seconds than this is not started: it needs some of them to import, and those above."""
 
 MOST_WORKERS = 14
 """Processes of the pool of tests. They mostly wait for the compiler, and share the card."""
@@ -62,11 +63,12 @@ PREPARED = ("tests", "step", "sweep", "cross_entropy", "growth", "linear", "sani
 
 
 class Part(NamedTuple):
-    """The most seconds that a part may take, the arguments of Python, and whether it runs without `--all`."""
+    """The most seconds that a part may take, the arguments of Python, whether it runs without `--all`, the least."""
 
     seconds: int
     arguments: list[str]
     always: bool = True
+    least: int = LEAST
 
 
 def benchmark(file: str, tests: str = "") -> list[str]:
@@ -85,6 +87,9 @@ TESTS = [
 ]
 """Files with tests marked gpu. Others need packages that a machine with a GPU may not have."""
 
+PTXAS = Path((find_spec("triton") or find_spec("json")).origin).parent / "backends" / "nvidia" / "bin" / "ptxas"
+"""The assembler that Triton brings."""
+
 PEERS = ("liger-kernel", "quack-kernels", "cut-cross-entropy")
 
 PARTS = {
@@ -93,12 +98,12 @@ PARTS = {
     "sweep": Part(70, ["-m", "bench.sweep"]),
     "cross_entropy": Part(70, benchmark("bench_cross_entropy")),
     "linear": Part(90, benchmark("bench_linear")),
-    "compiled": Part(80, benchmark("bench_train_steps", "test_compiled_step")),
+    "compiled": Part(80, benchmark("bench_train_steps", "test_compiled_step"), least=70),
     "growth": Part(60, benchmark("bench_train_steps", "test_growth")),
-    "sanitizer": Part(60, ["-m", "bench.sanitizer"]),
+    "sanitizer": Part(75, ["-m", "bench.sanitizer"]),
     "python": Part(60, benchmark("bench_python"), always=False),
     "simple_nn": Part(40, benchmark("bench_simple_nn"), always=False),
-    "cold": Part(240, benchmark("bench_train_steps", "test_cold"), always=False),
+    "cold": Part(240, benchmark("bench_train_steps", "test_cold"), always=False, least=70),
 }
 """In the order of what is worth most if time runs out."""
 
@@ -132,7 +137,7 @@ class Run:
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         self.name, self.options, self.out = name, options, options.out
-        self.begin = time.monotonic()
+        self.begin: float = options.begin
         self.end = self.begin + 60 * options.minutes
         self.out.mkdir(parents=True, exist_ok=True)
         before = self.file("parts.json")
@@ -148,13 +153,18 @@ class Run:
         chosen = sum(PARTS[name].seconds for name in self.options.parts)
         return PARTS[part].seconds * max(1.0, 60 * self.options.minutes / chosen)
 
+    def measures(self, part: str) -> bool:
+        """Whether a part runs benchmarks of pytest-benchmark."""
+        return "--benchmark-only" in PARTS[part].arguments
+
     def plan(self) -> str:
         """The seconds of each part if those before it take all of theirs; a part that ends sooner leaves them more."""
         left, words = 60 * self.options.minutes, []
         for part in self.options.parts:
             seconds = min(self.share(part), left)
-            words.append(f"{part} {seconds:.0f} s" if seconds >= LEAST else f"{part} if time is left")
-            left -= seconds if seconds >= LEAST else 0
+            fits = seconds >= PARTS[part].least
+            words.append(f"{part} {seconds:.0f} s" if fits else f"{part} if time is left")
+            left -= seconds * fits
         return "plan: " + ", ".join(words)
 
     def environment(self, part: str, seconds: float, compilations: str) -> dict[str, str]:
@@ -162,11 +172,13 @@ class Run:
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         ours = {
             "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "TRITON_INTERPRET": "0",
-            "FUSEDNN_BENCH_UNTIL": str(time.time() + seconds - GRACE - LAST_BENCHMARK),
+            "FUSEDNN_BENCH_UNTIL": str(time.time() + seconds - GRACE - LAST_BENCHMARK * self.measures(part)),
             COMPILATIONS: compilations,
         }  # fmt: skip
         if part == "tests":
             ours |= {OUTCOMES: str(self.file("tests.jsonl")), "OMP_NUM_THREADS": "1"}
+            if PTXAS.exists():  # Inductor, which has tests too, would set another for the whole process
+                ours["TRITON_PTXAS_PATH"] = os.environ.get("TRITON_PTXAS_PATH", str(PTXAS))
         if self.options.pretend:
             ours["FUSEDNN_PRETEND"] = self.options.pretend
         if self.options.prepare:
@@ -176,7 +188,7 @@ class Run:
         return os.environ | ours
 
     def command(self, part: str, again: list[str]) -> list[str]:
-        """The process of a part; `again` are the tests to run if not all."""
+        """The process of a part. If not all tests are to run, but those of `again`, few need no pool."""
         arguments, pretend = list(PARTS[part].arguments), self.options.pretend
         if arguments[1] == "pytest":
             arguments += ["-v", "-p", "bench.watch", "-p", "no:cacheprovider"]
@@ -184,7 +196,7 @@ class Run:
         elif pretend:
             arguments.insert(1, "tests.pretended_card")
         if part == "tests":
-            arguments += again or TESTS
+            arguments += TESTS
             if find_spec("xdist") is not None and not 0 < len(again) < FEW:
                 arguments += ["-n", str(min(MOST_WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
         elif arguments[1] == "pytest":
@@ -197,28 +209,34 @@ class Run:
     def run(self, part: str, again: list[str]) -> None:
         """Run a part within its time, and note how it ended."""
         seconds = min(self.share(part), self.end - time.monotonic()) if not self.options.pretend else 3600.0
-        if "--benchmark-only" in PARTS[part].arguments and find_spec("pytest_benchmark") is None:
+        if self.measures(part) and find_spec("pytest_benchmark") is None:
             self.note(part, "left out: pytest-benchmark is not installed", {})
-        elif seconds < LEAST:
+        elif seconds < PARTS[part].least:
             self.note(part, "not reached: no time left", {})
         else:
             self.run_for(seconds, part, again)
 
     def run_for(self, seconds: float, part: str, again: list[str]) -> None:
         """Run a part for so many seconds at most."""
-        if part == "tests" and not again:
-            self.file("tests.jsonl").unlink(missing_ok=True)
+        if part != "tests" or not again:
+            for ending in ("json", "jsonl"):
+                self.file(f"{part}.{ending}").unlink(missing_ok=True)
         with tempfile.TemporaryDirectory() as folder, self.file(f"{part}.log").open("wb") as log:
             compilations = Path(folder) / "compilations"
             environment = self.environment(part, seconds, str(compilations))
+            if again:
+                environment[AGAIN] = str(Path(folder) / "again")
+                Path(environment[AGAIN]).write_text(json.dumps(again))
             begin = time.monotonic()
             process = subprocess.Popen(
                 self.command(part, again), cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
-                start_new_session=True,
+                process_group=0, preexec_fn=die_with_parent,
             )  # fmt: skip
             status = "interrupted"
             try:
                 status = finish(process, seconds - GRACE)
+                if self.measures(part) and not self.file(f"{part}.json").exists():
+                    status += ", nothing measured"
                 if self.options.prepare and status in ("exit status 0", "exit status 1"):
                     status = COMPILED_ONLY
             finally:
@@ -244,12 +262,15 @@ class Run:
         return not bad and not ended.get("tests", "").startswith("out of time")
 
     def failed(self) -> list[str]:
-        """The tests whose last outcome here is a failure; FileNotFoundError without a run before."""
+        """The tests that failed or did not end, when they last ran; FileNotFoundError without a run before."""
         lines = self.file("tests.jsonl").read_text(encoding="utf-8").splitlines()
-        last: dict[str, bool] = {}
-        for line in map(json.loads, lines):
-            last[line["test"]] = line["outcome"] == "failed"
-        return [test for test, failed in last.items() if failed]
+        last = {line["test"]: line["outcome"] for line in map(json.loads, lines)}
+        return [test for test, outcome in last.items() if outcome in ("failed", "begun")]
+
+
+def die_with_parent() -> None:
+    """In a new process: Linux kills it when its parent is gone."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def finish(process: "subprocess.Popen[bytes]", seconds: float) -> str:
@@ -270,7 +291,9 @@ def stop(process: "subprocess.Popen[bytes]", status: str) -> str:
         process.wait(GRACE)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    return status if process.wait() != -signal.SIGKILL else f"{status}, and killed"
+    with suppress(subprocess.TimeoutExpired):  # a process that hangs in the driver
+        process.wait(GRACE)
+    return f"{status}, and killed" if process.returncode in (None, -signal.SIGKILL) else status
 
 
 def compiled(file: Path) -> dict[str, object]:
@@ -297,6 +320,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rehearse", action="store_true", help="without a GPU: the parts, small, on a pretended H100")
     parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="without a GPU: compile for an H100 into FOLDER")
     options = parser.parse_args(arguments)
+    options.begin = time.monotonic()
+    if options.failed and options.only:
+        parser.error("--failed runs tests: it goes with no --only")
+    options.bundle = options.bundle and options.bundle.resolve()
     options.pretend = "compile" if options.prepare else "sample" if options.rehearse else ""
     options.out = (options.out or ROOT / ("build/pretended" if options.pretend else "bench/results")).resolve()
     options.prepare = options.prepare and options.prepare.resolve()
@@ -313,6 +340,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Run the parts. Returns 1 if a part failed or the tests did not end, 2 if nothing could be run."""
     options = parse(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the part that runs ends too
     name = "pretended-h100" if options.pretend else card()
     if name is None or find_spec("pytest") is None:
         print("error: this needs a GPU that torch can use, and pytest", file=sys.stderr)

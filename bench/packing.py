@@ -7,6 +7,7 @@ from pathlib import Path
 
 def pack(bundle: Path, files: list[Path]) -> None:
     """Write an archive of the files. One that is there is replaced when the new one is complete."""
+    bundle.parent.mkdir(parents=True, exist_ok=True)
     unfinished = bundle.with_name(f"{bundle.name}.unfinished")
     with tarfile.open(unfinished, "w:gz") as archive:
         for file in files:

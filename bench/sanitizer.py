@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -64,14 +65,16 @@ def sanitize(tool: str, seconds: float | None) -> dict[str, str]:
     alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor its own allocation, past whose end an access is seen
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(
-            command, env=os.environ | alone, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+            command, env=os.environ | alone, stdout=said, stderr=subprocess.STDOUT, process_group=0
         )
-        try:
-            status = f"exit status {process.wait(seconds)}"
-        except subprocess.TimeoutExpired:
-            status = "out of time"
-            os.killpg(process.pid, signal.SIGKILL)  # the program that it watches too, which holds the GPU
-            process.wait()
+        status = "out of time"
+        with suppress(subprocess.TimeoutExpired):
+            try:
+                status = f"exit status {process.wait(seconds)}"
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # the program that it watches too, which holds the GPU
+                process.wait()
         said.seek(0)
         return {"status": status, "said": said.read()}
 

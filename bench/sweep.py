@@ -140,31 +140,32 @@ class Timed(NamedTuple):
         return median(self.rounds)
 
 
-def ready(setting: Setting, config: Config) -> Timed | None:
+def ready(setting: Setting, config: Config, wrong: list[str]) -> Timed | None:
     """A loop that trains by `config`, checked, and how many steps a round has; None if the GPU does not take it.
 
-    Raises AssertionError where it trains wrongly, or not by the training kernel.
+    If it trains wrongly, or not by the training kernel, that goes to `wrong`.
     """
     loop = Loop(Case(setting.sizes, setting.batch, 0, setting.precision, "fusednn"))
     try:
         assert loop.engine().startswith("train_steps: resident")
         loop.restart()
         loop.check()
-    except AssertionError:
-        print(f"{setting}: {config} is WRONG")
-        raise
+    except AssertionError as error:
+        wrong.append(f"{setting}: {config} trains WRONGLY: {error}")
+        print(wrong[-1])
+        return None
     except Exception as error:  # such as too much shared memory
         print(f"{setting}: {config} does not run: {type(error).__name__}: {str(error)[:200]}")
         return None
     return Timed(config, loop, max(3, int(loop.steps_a_round() * ROUND_SECONDS / bench_train_steps.ROUND_SECONDS)), [])
 
 
-def measure(setting: Setting, configs: list[Config]) -> list[Timed]:
+def measure(setting: Setting, configs: list[Config], wrong: list[str]) -> list[Timed]:
     """All configurations that are right, the fastest first; they take turns."""
     timed = []
     for config in configs:
         with table_of(setting, config):
-            if (one := ready(setting, config)) is not None:
+            if (one := ready(setting, config, wrong)) is not None:
                 timed.append(one)
     for _ in range(1 if PRETEND else ROUNDS):
         for one in timed:
@@ -189,7 +190,7 @@ def report(setting: Setting, timed: list[Timed]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compile, time, print; 1 if nothing could be timed. Raises AssertionError if a configuration trains wrongly."""
+    """Compile, time, print; 1 if nothing could be timed, or if a configuration trains wrongly."""
     parser = argparse.ArgumentParser(prog="python -m bench.sweep", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the times to FILE")
     options = parser.parse_args(arguments)
@@ -202,6 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability()
     results: list[dict[str, Any]] = []
+    wrong: list[str] = []
     longest = 5.0  # seconds of a setting
     with workers(min(MOST_WORKERS, os.cpu_count() or 1), stand_in, 10 * major + minor) as pool:
         for precision, case in product(PRECISIONS, CASES):
@@ -213,14 +215,15 @@ def main(arguments: list[str] | None = None) -> int:
             configs = [config for config, stack in found.items() if not stack or config == setting.current()]
             print(f"{setting}: {list(found.values()).count(0)} of {len(found)} configurations do not spill")
             with float32_products(precision):
-                timed = measure(setting, configs[:1] if PRETEND == "compile" else configs)
+                timed = measure(setting, configs[:1] if PRETEND == "compile" else configs, wrong)
             if timed:
                 report(setting, timed)
             results += [{**setting._asdict(), "config": one.config, "us": one.rounds} for one in timed]
             if options.json:
                 options.json.write_text(json.dumps(results, indent=1) + "\n")
             longest = max(longest, time.monotonic() - begin)
-    return int(not results)
+    print(*wrong, sep="\n")
+    return int(not results or bool(wrong))
 
 
 if __name__ == "__main__":

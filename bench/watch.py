@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-OUTCOMES, COMPILATIONS = "FUSEDNN_OUTCOMES", "FUSEDNN_COMPILATIONS"
-"""The variables that name the files; without them nothing is written."""
+OUTCOMES, COMPILATIONS, AGAIN = "FUSEDNN_OUTCOMES", "FUSEDNN_COMPILATIONS", "FUSEDNN_AGAIN"
+"""The variables that name the files; without them nothing is written. The third has the tests to run, if not all."""
 
 
 def append(variable: str, **line: Any) -> None:
@@ -23,10 +23,16 @@ def append(variable: str, **line: Any) -> None:
 
 
 def compilations() -> None:
-    """Note each kernel of ours that Triton compiles from now on, or finds compiled in its cache."""
+    """Note each kernel of ours that Triton compiles from now on, or finds compiled in its cache.
+
+    Triton's key of a kernel depends on which kernels a process used before: here all are given theirs in one order.
+    """
     if COMPILATIONS not in os.environ:
         return
     from triton import knobs
+
+    for kernel in all_kernels():
+        kernel.cache_key  # noqa: B018
 
     def listener(src: Any, metadata: dict[str, Any], cache_hit: bool, **more: Any) -> None:
         if getattr(getattr(src, "fn", None), "__module__", "").startswith("fusednn."):
@@ -36,7 +42,21 @@ def compilations() -> None:
     knobs.compilation.listener = listener
 
 
-LOST = re.compile("illegal memory access|misaligned address|unspecified launch failure|illegal instruction|device-side")
+def all_kernels() -> list[Any]:
+    """Each @triton.jit function of ours, device functions too, always in the same order."""
+    from triton.runtime.jit import JITFunction
+
+    from fusednn.kernels import adam, cross_entropy, cross_entropy_kernels, linear, mlp_training, numerics
+
+    modules = (numerics, adam, cross_entropy_kernels, cross_entropy, linear, mlp_training)
+    named = [value for module in modules for _, value in sorted(vars(module).items())]
+    return [value for value in named if isinstance(value, JITFunction)]
+
+
+LOST = re.compile(
+    "illegal memory access|misaligned address|unspecified launch failure|illegal instruction|device-side|"
+    "hardware stack error|invalid program counter|invalid address space"
+)
 """CUDA errors after which nothing more runs in a process."""
 
 
@@ -45,13 +65,17 @@ class Worker:
 
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[Any]) -> None:
         """The outcome is written here, since this process will not report it."""
-        if call.excinfo is not None and LOST.search(error := str(call.excinfo.value)):
-            append(OUTCOMES, test=item.nodeid, outcome="failed", error=error)
+        if call.excinfo is not None and LOST.search(str(call.excinfo.value)):
+            append(OUTCOMES, test=item.nodeid, outcome="failed", error=str(call.excinfo.getrepr(style="short")))
             os._exit(1)
 
 
 class Outcomes:
-    """How each test ended. Setup and teardown are noted only if they failed or skipped."""
+    """That each test began, and how it ended. Setup and teardown are noted only if they failed or skipped."""
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """A test that hangs is known by that."""
+        append(OUTCOMES, test=nodeid, outcome="begun")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Of a pool all come through here."""
@@ -63,3 +87,13 @@ def pytest_configure(config: pytest.Config) -> None:
     """Each process compiles; the one that reports, which is no worker of a pool, has the outcomes."""
     compilations()
     config.pluginmanager.register(Worker() if hasattr(config, "workerinput") else Outcomes())
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests to run again; one that is no more is passed over."""
+    if name := os.environ.get(AGAIN):
+        with open(name, encoding="utf-8") as file:
+            again = {*json.load(file)}
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in again])
+        items[:] = [item for item in items if item.nodeid in again]

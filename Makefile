@@ -27,7 +27,7 @@ $(OLD)/.ready:
 train: $(READY)  ## train SimpleNN on the handwritten digits
 	$(BIN)/fusednn train
 
-test: $(READY)  ## the tests, about 12 minutes on two cores
+test: $(READY)  ## the tests, about 14 minutes on two cores
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-full: $(READY)  ## what takes longer: the rest of the tests, up to 40 minutes on two cores

@@ -87,9 +87,6 @@ TESTS = [
 ]
 """Files with tests marked gpu. Others need packages that a machine with a GPU may not have."""
 
-PTXAS = Path((find_spec("triton") or find_spec("json")).origin).parent / "backends" / "nvidia" / "bin" / "ptxas"
-"""The assembler that Triton brings."""
-
 PEERS = ("liger-kernel", "quack-kernels", "cut-cross-entropy")
 
 PARTS = {
@@ -115,6 +112,13 @@ def card() -> str | None:
     if not torch.cuda.is_available():
         return None
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+
+
+def ptxas() -> str | None:
+    """The assembler that Triton brings."""
+    triton = find_spec("triton")
+    path = Path(triton.origin or "").parent / "backends" / "nvidia" / "bin" / "ptxas" if triton else None
+    return str(path) if path and path.exists() else None
 
 
 def machine() -> str:
@@ -177,8 +181,8 @@ class Run:
         }  # fmt: skip
         if part == "tests":
             ours |= {OUTCOMES: str(self.file("tests.jsonl")), "OMP_NUM_THREADS": "1"}
-            if PTXAS.exists():  # Inductor, which has tests too, would set another for the whole process
-                ours["TRITON_PTXAS_PATH"] = os.environ.get("TRITON_PTXAS_PATH", str(PTXAS))
+            if assembler := ptxas():  # Inductor, which has tests too, would set another for the whole process
+                ours["TRITON_PTXAS_PATH"] = os.environ.get("TRITON_PTXAS_PATH", assembler)
         if self.options.pretend:
             ours["FUSEDNN_PRETEND"] = self.options.pretend
         if self.options.prepare:
@@ -253,7 +257,10 @@ class Run:
         print(line, *told, sep="\n         ", flush=True)
         self.file("parts.json").write_text(json.dumps(self.ended, indent=1) + "\n")
         if self.options.bundle:
-            pack(self.options.bundle, sorted(self.out.glob(f"{self.name}-*")))
+            try:
+                pack(self.options.bundle, sorted(self.out.glob(f"{self.name}-*")))
+            except OSError as error:  # the next part is worth more
+                print(f"error: no bundle: {error}", file=sys.stderr)
 
     def is_good(self) -> bool:
         """Whether no part failed, and the tests ran to their end, of the parts of this run."""

@@ -58,9 +58,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Eager and ours at all sizes come before any peer that compiles. Under `--prepare` only ours run."""
     items.sort(key=lambda item: COMPILED.get(implementation(item), 0))
     if PRETEND == "compile":
-        theirs = [item for item in items if not re.match("fusednn|drop-in|$", implementation(item))]
+        ours, theirs = [], []
+        for item in items:
+            (ours if re.match("fusednn|drop-in|$", implementation(item)) else theirs).append(item)
         config.hook.pytest_deselected(items=theirs)
-        items[:] = [item for item in items if item not in theirs]
+        items[:] = ours
 
 
 def amounts(seconds: float, most_calls: int) -> tuple[int, int]:

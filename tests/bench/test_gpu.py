@@ -18,8 +18,7 @@ from bench import bench_linear, bench_train_steps, gpu
 
 STUB = '''
 import sys
-from pathlib import Path
-from bench import bench_linear, bench_train_steps, gpu
+from bench import gpu
 
 hanging, stubborn, out = sys.argv[1], sys.argv[2] == "stubborn", sys.argv[3]
 gpu.card = lambda: "stub"

@@ -246,7 +246,7 @@ def linear_cross_entropy(
     """``cross_entropy(linear(input, linear_weight, linear_bias), target, ...)`` without the logits whole in memory.
 
     The arguments are those of `torch.nn.functional.linear_cross_entropy` (torch 2.13), and `chunk_rows`: as many rows
-    of logits exist at once. By default that is a tenth of them, and not more than 256 MiB; `options.batch_chunk_size`
+    of logits exist at once. By default a tenth of them, at most 256 MiB; of half precision as many as K, at most 512 MiB, if those are more; `options.batch_chunk_size`
     is heeded too, and of `options` nothing else.
 
     input [N, K] or [K], linear_weight [V, K], linear_bias [V] or None, of one dtype; target labels [N] or []; weight
@@ -302,7 +302,8 @@ def linear_cross_entropy(
         return loss
     rows, labels = (x, target) if x.dim() == 2 else (x.unsqueeze(0), target.unsqueeze(0))
     if chunk_rows is None:
-        chunk_rows = ops.chunk_size(rows.shape[0], w.shape[0], w.itemsize)
+        width = w.shape[1] if w.itemsize < 4 else 0  # dW is summed in more bytes than it has in the end
+        chunk_rows = ops.chunk_size(rows.shape[0], w.shape[0], w.itemsize, width)
     smoothing = float(label_smoothing) if label_smoothing > 0 else 0.0
     loss = ops.linear_cross_entropy(
         rows, w, b, labels, _contiguous(weight), ignored, reduction, smoothing, chunk_rows

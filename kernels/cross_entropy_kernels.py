@@ -27,6 +27,12 @@ def row_offsets(offs_m, D, strides):
 
 
 @triton.jit
+def aligned(C, strides, ALIGN: tl.constexpr):
+    """C and strides, of which the caller knows that C and the first are multiples of ALIGN: told so, loads are wide."""
+    return C // ALIGN * ALIGN, (strides[0] // ALIGN * ALIGN, strides[1], strides[2])
+
+
+@triton.jit
 def load_labels(
     target_ptr, weight_ptr, offs_m, mask_m, C, D, strides, ignore_index,
     PROBABILITIES: tl.constexpr, WEIGHTED: tl.constexpr, dtype: tl.constexpr,
@@ -159,9 +165,11 @@ def cross_entropy_kernel(
     REDUCTION: tl.constexpr, PROBABILITIES: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTHED: tl.constexpr,
     MASSES: tl.constexpr, NEEDS_GRAD: tl.constexpr, NEEDS_LOG_P: tl.constexpr, SCALED: tl.constexpr,
     COUNTED: tl.constexpr, ONE_PROGRAM: tl.constexpr, MOST_COUNTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Losses, gradient and log softmax of BLOCK_M rows, each whole on chip: BLOCK_C >= C."""
+    C, x_strides = aligned(C, x_strides, ALIGN)
+    C, g_strides = aligned(C, g_strides, ALIGN)
     dtype: tl.constexpr = sum_dtype(x_ptr.dtype.element_ty)
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = tl.arange(0, BLOCK_C)
@@ -206,12 +214,14 @@ def cross_entropy_long_kernel(
     REDUCTION: tl.constexpr, PROBABILITIES: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTHED: tl.constexpr,
     MASSES: tl.constexpr, NEEDS_GRAD: tl.constexpr, NEEDS_LOG_P: tl.constexpr, SCALED: tl.constexpr,
     COUNTED: tl.constexpr, ONE_PROGRAM: tl.constexpr, MOST_COUNTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The same of rows longer than BLOCK_C: sums are taken online, and the logits are read once more for a gradient.
 
     Each lane of a block keeps a sum of its own under one running maximum a row; the lanes are added last, pairwise.
     """
+    C, x_strides = aligned(C, x_strides, ALIGN)
+    C, g_strides = aligned(C, g_strides, ALIGN)
     dtype: tl.constexpr = sum_dtype(x_ptr.dtype.element_ty)
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
@@ -305,32 +315,41 @@ def sum_losses_kernel(
 @triton.jit(do_not_specialize=["M", "ignore_index"])
 def scale_gradient_kernel(
     grad_ptr, dloss_ptr, total_ptr, target_ptr, out_ptr, M, C, D, dloss_strides, t_strides, g_strides, ignore_index,
-    SCALAR: tl.constexpr, DIVIDED: tl.constexpr, LABELS: tl.constexpr, IN_PLACE: tl.constexpr,
+    SCALAR: tl.constexpr, DIVIDED: tl.constexpr, LABELS: tl.constexpr, IN_PLACE: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """out = grad · dloss, or grad · dloss / total, row by row; ignored rows stay 0 whatever dloss is.
 
-    In place, a program whose factors are all 1 has nothing to do and touches no gradient.
+    In place, what has the factor 1 has nothing to do, and its gradient is not touched. A program has a tile, or, in
+    place with one factor for all, several: of so many programs as there are tiles most would be launched for nothing.
     """
+    C, g_strides = aligned(C, g_strides, ALIGN)
     dtype: tl.constexpr = sum_dtype(grad_ptr.dtype.element_ty)
     tiles_c = tl.cdiv(C, BLOCK_C)
-    offs_m = (tl.program_id(0) // tiles_c).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_c = (tl.program_id(0) % tiles_c).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_m = offs_m < M
-
+    tiles = tl.cdiv(M, BLOCK_M) * tiles_c
     if SCALAR:
-        factor = tl.zeros((BLOCK_M,), dtype) + load(dloss_ptr, True).to(dtype)
-    else:
-        factor = load(dloss_ptr + row_offsets(offs_m, D, dloss_strides), mask_m, other=1.0).to(dtype)
-    if DIVIDED:
-        factor /= tl.load(total_ptr)
-    mask = mask_m[:, None] & (offs_c < C)[None, :]
-    if IN_PLACE:
-        mask = mask & (tl.sum((factor != 1.0).to(tl.int32)) > 0)
-    offs = row_offsets(offs_m, D, g_strides)[:, None] + offs_c[None, :] * g_strides[1]
-    grad = load(grad_ptr + offs, mask).to(dtype) * factor[:, None]
-    if LABELS:
-        unsafe = mask_m & ~(tl.abs(factor) < float("inf"))  # only then is 0 · factor not 0
-        label = tl.load(target_ptr + row_offsets(offs_m, D, t_strides), mask=unsafe, other=0).to(tl.int64)
-        grad = tl.where((unsafe & (label == ignore_index))[:, None], 0.0, grad)
-    store(out_ptr + offs, grad, mask)
+        one = load(dloss_ptr, True).to(dtype)
+        if DIVIDED:
+            one /= tl.load(total_ptr)
+        if IN_PLACE:
+            tiles = tl.where(one == 1.0, 0, tiles)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        offs_m = (tile // tiles_c).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        offs_c = (tile % tiles_c).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+        mask_m = offs_m < M
+        mask = mask_m[:, None] & (offs_c < C)[None, :]
+        if SCALAR:
+            factor = tl.zeros((BLOCK_M,), dtype) + one
+        else:
+            factor = load(dloss_ptr + row_offsets(offs_m, D, dloss_strides), mask_m, other=1.0).to(dtype)
+            if DIVIDED:
+                factor /= tl.load(total_ptr)
+            if IN_PLACE:
+                mask = mask & (tl.sum((factor != 1.0).to(tl.int32)) > 0)
+        offs = row_offsets(offs_m, D, g_strides)[:, None] + offs_c[None, :] * g_strides[1]
+        grad = load(grad_ptr + offs, mask).to(dtype) * factor[:, None]
+        if LABELS:
+            unsafe = mask_m & ~(tl.abs(factor) < float("inf"))  # only then is 0 · factor not 0
+            label = tl.load(target_ptr + row_offsets(offs_m, D, t_strides), mask=unsafe, other=0).to(tl.int64)
+            grad = tl.where((unsafe & (label == ignore_index))[:, None], 0.0, grad)
+        store(out_ptr + offs, grad, mask)

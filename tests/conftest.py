@@ -89,7 +89,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(cross_entropy, "COUNT_CONFIG", LaunchConfig(4, 1))
     monkeypatch.setattr(cross_entropy, "SUM_CONFIG", LaunchConfig(4, 1))
     monkeypatch.setattr(cross_entropy, "SCALE_CONFIG", LaunchConfig(16, 1))
-    monkeypatch.setattr(cross_entropy, "SCALE_APART_CONFIG", LaunchConfig(16, 1))
+    monkeypatch.setattr(cross_entropy, "MOST_SCALERS", 2)
     monkeypatch.setattr(cross_entropy, "MOST_COUNTS", 4)
     for key in mlp_training.CONFIGS:
         monkeypatch.setitem(mlp_training.CONFIGS, key, ((None, None, (16, 16, 16, 4, 1)),))

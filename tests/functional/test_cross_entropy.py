@@ -307,12 +307,13 @@ def test_autocast_gives_float32(dtype: torch.dtype, kind: str, device: str) -> N
     x, target = problem.x.detach().to(dtype).requires_grad_(), problem.target.detach()
     target = target.to(dtype) if target.is_floating_point() else target
     weight = problem.options.pop("weight")
+    weight = None if weight is None else weight.to(dtype)
     with torch.autocast(device, dtype=dtype):
-        loss, right = (
-            f(x, target, None if weight is None else weight.to(dtype), **problem.options)
-            for f in (functional.cross_entropy, F.cross_entropy)
-        )
+        loss = functional.cross_entropy(x, target, weight, **problem.options)
     assert loss.dtype == torch.float32
+    # PyTorch adds weights, and smooths probabilities, in the half precision that it gets; on a GPU also under autocast
+    target = target.float() if target.is_floating_point() else target
+    right = F.cross_entropy(x.float(), target, None if weight is None else weight.float(), **problem.options)
     torch.testing.assert_close(loss, right)
     torch.testing.assert_close(torch.autograd.grad(loss, x), torch.autograd.grad(right, x))
 
@@ -390,7 +391,7 @@ def test_a_hook_on_saved_tensors_sees_no_change(device: str) -> None:
 def test_no_gradient_is_computed_without_need(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
     plan = kernels.plan_forward
-    monkeypatch.setattr(kernels, "plan_forward", lambda *a: seen.append(a[-2]) or plan(*a))
+    monkeypatch.setattr(kernels, "plan_forward", lambda *a: seen.append(a[8]) or plan(*a))
     x, target = batch(4, 3, device)
     functional.cross_entropy(x, target)
     functional.cross_entropy(x.detach(), target)

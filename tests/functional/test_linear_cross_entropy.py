@@ -197,9 +197,12 @@ def test_labels_out_of_range(device: str) -> None:
 
 
 def test_chunk_size() -> None:
-    """At most a tenth of the rows and 256 MiB, in chunks as equal as can be, and at least one row."""
+    """At most a tenth of the rows and 256 MiB, or what the weight takes and 512 MiB; in chunks as equal as can be."""
     assert ops.chunk_size(8192, 128256, 2) == 745  # in 11 chunks; 819 would leave two rows for the last
     assert ops.chunk_size(2**20, 128256, 2) <= 2**28 // (128256 * 2)
+    assert ops.chunk_size(8192, 128256, 2, 4096) == 2048
+    assert ops.chunk_size(8192, 128256, 2, 1024) == 1024
+    assert ops.chunk_size(100, 10, 4, 64) == 50
     for rows in (0, 1, 9, 10, 11, 99, 1000):
         size = ops.chunk_size(rows, 10, 4)
         assert 1 <= size <= max(1, rows / 10)
@@ -272,7 +275,8 @@ def test_autocast_leaves_float64_and_class_weights_alone(device: str) -> None:
     (x, w, b), labels, options = problem("weighted", device)
     with torch.autocast(device, dtype=torch.bfloat16):
         assert functional.linear_cross_entropy(x, w, labels, linear_bias=b, **options).dtype == torch.float64
-    x, w = x.detach().float(), w.detach().float().requires_grad_()
+    # whole numbers, of which each way to multiply makes the same logits in bfloat16
+    x, w = x.detach().float().round(), w.detach().float().mul(2).round().requires_grad_()
     for factor in (1e-9, 1e5):
         options["weight"] = torch.rand(6, device=device) * factor
         with torch.autocast(device, dtype=torch.bfloat16):

@@ -30,9 +30,9 @@ def data(device: str, rows: int = ROWS, inputs: int = INPUTS, outputs: int = OUT
     return x.to(device), torch.randint(0, outputs, (rows,), generator=generator).to(device)
 
 
-def one_call() -> str:
+def one_call(device: str) -> str:
     """The engine that makes many steps in one call, of those that the fixture `device` lets serve."""
-    return "native" if plan.on_plain_cpu(torch.empty(0)) else "resident"
+    return "native" if plan.on_plain_cpu(torch.empty(0, device=device)) else "resident"
 
 
 Make = Callable[[Any], torch.optim.Optimizer]

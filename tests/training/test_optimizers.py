@@ -54,7 +54,7 @@ def test_bits_do_not_depend_on_chunks(device: str, hook: bool) -> None:
         if hook:
             model.register_forward_hook(lambda module, args, output: None)
         runs.append(train(train_steps, model, x.double(), targets, steps=10, batch_size=16, chunk_steps=chunk_steps))
-    assert {run.engine for run in runs} == {"looped" if hook else one_call()}
+    assert {run.engine for run in runs} == {"looped" if hook else one_call(device)}
     for run in runs[1:]:
         assert_alike(run, runs[0], rtol=0.0, atol=0.0)
 
@@ -129,7 +129,7 @@ def test_more_of_torch_optim(make: Any, device: str) -> None:
     ours, theirs = (
         train(loop, net(device), x, targets, make=make, epochs=3) for loop in (train_steps, reference.train_steps)
     )
-    assert ours.engine == one_call()
+    assert ours.engine == one_call(device)
     assert_alike(ours, theirs, rtol=2e-5, atol=2e-6)
 
 
@@ -144,7 +144,7 @@ def test_capturable() -> None:
         ours, theirs = (
             train(loop, net("cuda"), x, targets, make=make, epochs=3) for loop in (train_steps, reference.train_steps)
         )
-        assert ours.engine == one_call()
+        assert ours.engine == one_call("cuda")
         assert all(state["step"].is_cuda for state in ours.optimizer.state.values())
         assert_alike(ours, theirs, rtol=2e-5, atol=2e-6)
 

@@ -24,6 +24,7 @@ from unittest.mock import patch
 import torch
 
 from fusednn.kernels import mlp_training
+from fusednn.training import plan
 
 from . import bench_train_steps, builds, resources, watch
 from .bench_train_steps import DIGITS, MNIST, Case, Loop
@@ -85,9 +86,13 @@ class Setting(NamedTuple):
 
 @contextmanager
 def table_of(setting: Setting, config: Config) -> Iterator[None]:
-    """The table has this configuration alone."""
+    """The table has this configuration alone, and no CUDA graph is made instead."""
     key = setting.architecture, setting.precision
-    with patch.dict(mlp_training.CONFIGS, {key: ((None, None, config),)}):
+    one_program = dict.fromkeys(plan.MOST_BEFORE_GRAPH, 2**62)
+    with (
+        patch.dict(mlp_training.CONFIGS, {key: ((None, None, config),)}),
+        patch.dict(plan.MOST_BEFORE_GRAPH, one_program),
+    ):
         mlp_training.plan_training.cache_clear()
         try:
             yield

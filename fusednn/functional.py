@@ -246,8 +246,8 @@ def linear_cross_entropy(
     """``cross_entropy(linear(input, linear_weight, linear_bias), target, ...)`` without the logits whole in memory.
 
     The arguments are those of `torch.nn.functional.linear_cross_entropy` (torch 2.13), and `chunk_rows`: as many rows
-    of logits exist at once. By default a tenth of them, at most 256 MiB; of half precision as many as K, at most 512 MiB, if those are more; `options.batch_chunk_size`
-    is heeded too, and of `options` nothing else.
+    of logits exist at once. By default a tenth of them, at most 256 MiB; of half precision as many as K, at most 512
+    MiB, where that is more. `options.batch_chunk_size` is heeded too, and of `options` nothing else.
 
     input [N, K] or [K], linear_weight [V, K], linear_bias [V] or None, of one dtype; target labels [N] or []; weight
     [V] -> a loss as :func:`cross_entropy` gives it. PyTorch multiplies the matrices; our kernel makes a chunk's logits

@@ -107,8 +107,9 @@ def train_steps(
 
     Who runs the steps `explain` tells: "resident", where model is Linear, ReLU, Linear of a moderate size in float32 or
     float64 on a GPU, the criterion nn.CrossEntropyLoss and the optimizer torch.optim's Adam, AdamW or SGD without
-    amsgrad: one program makes all steps, a launch for some 40 ms of them. "native" is the same on a CPU: a loop in C++,
-    in this thread alone. Or "looped", that loop itself, for all else, and why.
+    amsgrad: one program makes all steps, a launch for some 40 ms of them. "captured" is a step as a CUDA graph, where
+    many programs make it sooner. "native" is the one program on a CPU: a loop in C++, in this thread alone. Or
+    "looped", that loop itself, for all else, and why.
 
     Raises TypeError and ValueError for arguments that make no sense, ValueError for inputs and targets of different
     lengths, RuntimeError for those on another device than the model. A label out of range raises IndexError on the CPU

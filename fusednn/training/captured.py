@@ -55,7 +55,8 @@ class Captured:
 
     def advance(self, most: int, interrupts: Interrupts) -> None:
         """Make at least one and at most `most` steps: full batches, or a ragged one."""
-        left = (self.job.epoch_rows - self.rows.position) // self.batch
+        whole = self.job.epoch_rows % self.batch == 0  # no batch is ragged, so a chunk may have several epochs
+        left = most if whole else (self.job.epoch_rows - self.rows.position) // self.batch
         steps = max(1, min(most, self.pace.chunk, left))
         with torch.enable_grad():
             if left and self.done >= UNCAPTURED and self.replay is None and self.taken is not None:

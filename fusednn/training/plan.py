@@ -17,8 +17,15 @@ CAPTURED_STEPS = 50
 """Fewer steps are not worth the capture of a CUDA graph. Unmeasured."""
 
 MOST_CLASSES, MOST_ROWS, MOST_WORK = 128, 512, 2**25
-"""What one program serves: outputs, rows of a batch, and products in a forward (batch · weights). Beyond, many programs
-do better. Unmeasured."""
+"""What one program serves: outputs, rows of a batch, and products in a forward (batch · weights). Unmeasured."""
+
+MOST_BEFORE_GRAPH = {"tf32": 2**21, "ieee": 2**20}
+"""Products in a forward above which a CUDA graph of many programs is quicker than one program, where one can be made.
+
+On an H100, us a step of one program and of a graph, nn.Linear and nn.CrossEntropyLoss, TF32 and exact: 64-128-10 at
+batch 32 (0.3e6 products) 14 and 67, 28 and 85; at 64 24 and 65, 52 and 89; at 128 (1.2e6) 43 and about 65, 97 and about
+90; at 256 (2.4e6) 77 and about 65; 784-128-10 at 32 (3.3e6) 108 and 64, 229 and 90; at 128 (13e6) 313 and 77, 794 and
+160. "About": with epochs of 14 and 7 steps, of which each was a chunk of its own then, a graph took 119 and 271."""
 
 MOST_NATIVE_PRODUCTS = (2**27, 2**26)
 """Products in a step, counted as in `products_of`, above which PyTorch's loop, on one thread and on several, is quicker
@@ -31,7 +38,7 @@ AVX-512 and on Arm."""
 
 
 class Choice(NamedTuple):
-    """The engine, "resident", "native" or "looped", and why; the net of the first two, the parameters of a graph."""
+    """The engine, "resident", "native", "captured" or "looped", and why; the first two's net, a graph's parameters."""
 
     engine: str
     reason: str
@@ -56,6 +63,9 @@ def choose(job: Job) -> Choice:
         reason = reason or optimizers.refusal(job.optimizer, net.parameters, job.lr_schedule)
         if reason is None and on_plain_cpu(job.inputs):
             return Choice("native", f"{Native.machine}, {job.inputs.dtype}, {net}, batch {job.batch_size}", net)
+        if reason is None and (captured := _captured_if_quicker(job, net)) is not None:
+            where = f"{job.inputs.device}, {job.inputs.dtype}, {net}, batch {job.batch_size}"
+            return Choice("captured", f"{where}: as a CUDA graph of many programs", captured=captured)
         if reason is None:
             where = "Triton interpreter" if job.inputs.is_cpu else str(job.inputs.device)
             return Choice("resident", f"{where}, {job.inputs.dtype}, {net}, batch {job.batch_size}", net)
@@ -75,6 +85,21 @@ def against_change(job: Job, choice: Choice) -> str | None:
         return now.reason
     same = [*map(id, now.parameters)] == [*map(id, choice.parameters or ())]
     return None if same else "the model has other parameters"
+
+
+def _captured_if_quicker(job: Job, net: Net) -> list[Tensor] | None:
+    """The parameters for a CUDA graph where one takes less time than the one program that could make the steps."""
+    if not job.inputs.is_cuda or job.inputs.dtype != torch.float32:
+        return None
+    from ..kernels.linear import precision_of
+
+    most = MOST_BEFORE_GRAPH[precision_of(job.inputs)]
+    return _captured(job) if work_of(job, net) > most else None
+
+
+def work_of(job: Job, net: Net) -> int:
+    """How many products of two numbers the forward of a step has."""
+    return min(job.batch_size, job.epoch_rows) * (net.w1.numel() + net.w2.numel())
 
 
 def _captured(job: Job) -> list[Tensor] | None:
@@ -126,7 +151,7 @@ def _against_data(job: Job) -> str | None:
 
 
 def _against_net(job: Job, net: Net) -> str | None:
-    rows, weights = min(job.batch_size, job.epoch_rows), net.w1.numel() + net.w2.numel()
+    rows = min(job.batch_size, job.epoch_rows)
     if net.w1.dtype != job.inputs.dtype or net.w1.device != job.inputs.device:
         return "the parameters have another dtype or device than the inputs"
     if job.inputs.dim() != 2 or job.inputs.shape[1] != net.sizes[0]:
@@ -135,7 +160,7 @@ def _against_net(job: Job, net: Net) -> str | None:
         if products_of(job, net) > MOST_NATIVE_PRODUCTS[torch.get_num_threads() > 1]:
             return f"{net} with batches of {rows} is so large that PyTorch's own products are quicker"
         return None
-    if net.sizes[2] > MOST_CLASSES or rows > MOST_ROWS or rows * weights > MOST_WORK:
+    if net.sizes[2] > MOST_CLASSES or rows > MOST_ROWS or work_of(job, net) > MOST_WORK:
         return f"{net} with batches of {rows} is too large for one program"
     return None
 

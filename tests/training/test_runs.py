@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-from fusednn import SimpleNN, reference, train_steps
+from fusednn import SimpleNN, reference, strict, train_steps
 from fusednn.kernels import mlp_training
-from fusednn.training import Options, captured, looped, nets, pacing
+from fusednn.training import Options, captured, looped, nets, pacing, plan
 from fusednn.training.job import check
 
-from .runs import adam, data, net
+from .runs import adam, data, net, train
 
 
 @pytest.fixture(params=["resident", "looped"])
@@ -402,6 +403,63 @@ def test_the_captured_loop(monkeypatch: pytest.MonkeyPatch, momentum: float, arg
         states.append((*traces, model.state_dict(), state, given["generator"].get_state()))
     assert len(captures) == 1
     torch.testing.assert_close(states[1], states[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("batch_size", "most"), [(10, 33), (16, 2)])
+def test_a_chunk_of_replays_has_several_epochs(monkeypatch: pytest.MonkeyPatch, batch_size: int, most: int) -> None:
+    """Where no batch is ragged; else the last batch of an epoch is a chunk of its own."""
+    monkeypatch.setattr(captured, "capture", lambda step, stream: step)
+    x, targets = data("cpu", 40)
+    chunks, results = [], []
+    for loop in (True, False):
+        model, generator = net("cpu"), torch.Generator().manual_seed(3)
+        optimizer = adam(model.parameters())
+        given = {"batch_size": batch_size, "steps": 40, "generator": generator, "criterion": nn.CrossEntropyLoss()}
+        if loop:
+            results.append(reference.train_steps(model, optimizer, x, targets, **given))
+            continue
+        rest = {"epochs": None, "drop_last": False, "shuffle": True, "order": "torch", "seed": None}
+        job = check(model, optimizer, x, targets, **given, **rest, lr_schedule=None, return_accuracy=False)
+        engine = captured.Captured(job, nets.find_pure(model))
+        while engine.done < job.steps:
+            engine.pace.chunk, done = 33, engine.done
+            engine.advance(job.steps - done, None)
+            chunks.append(engine.done - done)
+        results.append(torch.cat(engine.losses))
+    assert max(chunks) == most
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("precision", "batch_size", "graph"), [
+    ("tf32", 128, False), ("tf32", 256, True), ("ieee", 64, False), ("ieee", 128, True),
+])  # fmt: skip
+def test_large_steps_are_a_graph(monkeypatch: pytest.MonkeyPatch, precision: str, batch_size: int, graph: bool) -> None:
+    """Of 64-128-10, on a GPU, from the sizes on at which it was measured to be quicker than one program."""
+    monkeypatch.setattr("fusednn.kernels.linear.precision_of", lambda x: precision)
+    monkeypatch.setattr(plan, "_captured", lambda job: ["its parameters"])
+    inputs = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    job = SimpleNamespace(inputs=inputs, batch_size=batch_size, epoch_rows=1797)
+    found = nets.find_net(net("cpu", (64, 128, 10)))
+    assert plan._captured_if_quicker(job, found) == (["its parameters"] if graph else None)
+    job.inputs.dtype = torch.float64
+    assert plan._captured_if_quicker(job, found) is None
+    job.inputs.is_cuda = False
+    assert plan._captured_if_quicker(job, found) is None
+
+
+@pytest.mark.gpu
+def test_mnist_is_a_graph_on_a_gpu() -> None:
+    """As the reference loop, also within `strict`; a short call is one program."""
+    x, targets = data("cuda", 300, 784)
+    model, other = net("cuda", (784, 128, 10)), net("cuda", (784, 128, 10))
+    ours, theirs = (
+        train(loop, one, x, targets, make=lambda parameters: torch.optim.SGD(parameters, lr=0.01), steps=60,
+              batch_size=100) for loop, one in ((train_steps, model), (reference.train_steps, other))
+    )  # fmt: skip
+    assert ours.engine == "captured"
+    torch.testing.assert_close(ours.losses, theirs.losses, rtol=1e-4, atol=1e-5)
+    with strict():
+        train_steps(model, adam(model.parameters()), x, targets, steps=60, batch_size=100)
 
 
 def test_a_graph_is_not_replayed_for_other_states(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -224,6 +224,10 @@ MUTANTS = [
         ("stride of dloss", "row_offsets(offs_m, D, dloss_strides)", "row_offsets(offs_m, D, t_strides)"),
         ("early exit at any 1", "tl.sum((factor != 1.0).to(tl.int32)) > 0", "tl.min((factor != 1.0).to(tl.int32)) > 0"),
         ("not divided", "factor /= tl.load(total_ptr)", "factor *= 1.0"),
+        ("scalar, not divided", "one /= tl.load(total_ptr)", "one *= 1.0"),
+        ("scalar, exit at another than 1", "tl.where(one == 1.0, 0, tiles)", "tl.where(one == 2.0, 0, tiles)"),
+        ("a tile left out", "tiles, tl.num_programs(0)):", "tiles - 1, tl.num_programs(0)):"),
+        ("tiles of the others", "tl.num_programs(0)):", "2 * tl.num_programs(0)):"),
         (
             "ignored rows",
             "(unsafe & (label == ignore_index))[:, None], 0.0, grad",

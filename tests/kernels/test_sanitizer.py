@@ -59,7 +59,8 @@ def test_no_access_outside_the_arguments() -> None:
     assert {kernel for kernel in programs if programs[kernel] < 2} == ALONE
     assert {loop.split(":")[0] for loop in trips} == {
         "linear_forward_kernel", "linear_input_grad_kernel", "linear_weight_grad_kernel", "sum_splits_kernel",
-        "count_labels_kernel", "cross_entropy_long_kernel", "sum_losses_kernel", "mlp_training_kernel",
+        "count_labels_kernel", "cross_entropy_long_kernel", "scale_gradient_kernel", "sum_losses_kernel",
+        "mlp_training_kernel",
     }  # fmt: skip
     assert {loop for loop in trips if trips[loop] < 2} == set()
 
@@ -194,6 +195,7 @@ def call_cross_entropy() -> None:
         infinite, rows = torch.tensor(float("inf")), layout(torch.rand(labels.shape))
         cross_entropy.scale_gradient(infinite, grad, known, total, -100, torch.empty_like(grad))
         cross_entropy.scale_gradient(rows, grad, known, None, -100, grad)
+        cross_entropy.scale_gradient(infinite, grad, known, None, -100, grad)  # one factor: a program has several tiles
         out = torch.empty(labels.shape), x
         cross_entropy.cross_entropy_forward(*given, "none", smoothing, True, out=out)
 

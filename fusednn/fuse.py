@@ -1,29 +1,32 @@
-"""fuse(model): each nn.Linear that an nn.ReLU follows runs as one kernel, in the model as it is.
+"""fuse(model): each nn.Linear that a ReLU follows runs as one kernel, in the model as it is.
 
 Nothing is copied and no module is replaced: parameters, state dict keys, hooks and the optimizer's references stay.
 What changes is the class of the modules concerned, and :func:`unfuse` changes it back.
 
 * In an nn.Sequential the pairs are found when it is called, so whatever else calls its modules gets what it always got.
-* In other modules torch.fx finds them: `forward` is traced in training and in evaluation mode, and a pair is one only
-  if nothing but the ReLU ever sees the Linear's output. Then the Linear applies the ReLU and marks its output, and the
-  ReLU hands on what is so marked. What cannot be traced is left alone.
+* In other modules each `forward` is read (:mod:`fusednn.reading`), every way through it, and a pair is one only if
+  nothing but a ReLU ever sees the Linear's output. Then the Linear applies the ReLU and marks its output. An nn.ReLU
+  hands on what is so marked, and so does a function or method: the class becomes one whose `forward` asks before it
+  calls F.relu, say. What cannot be read is left alone.
 
 As for SimpleNN, where a hook could tell the difference the two run one by one, and `explain` says so.
 """
 
+import ast
 import copy
-import inspect
+import copyreg
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from itertools import pairwise
+from types import CellType, FunctionType
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, nn
 
-from . import dispatch
+from . import dispatch, reading
 from .modules import Linear, unobserved
+from .reading import Node, Place, Unread, plain_class
 
 _log = logging.getLogger("fusednn")
 
@@ -41,15 +44,20 @@ class Fusion(NamedTuple):
 
 
 class FusedLinear(Linear):
-    """An nn.Linear that applies the ReLU behind it: that of its nn.Sequential when asked to, or `fused_relus`."""
+    """An nn.Linear that applies the ReLU behind it: that of its nn.Sequential when asked to, or always.
 
+    `fused_relus` are the modules among the ReLUs that it applies always.
+    """
+
+    _plain_class = nn.Linear
+    applies_relu = False
     fused_relus: tuple[nn.Module, ...] = ()
 
     def forward(self, input: Tensor, relu: bool = False) -> Tensor:
         """x Wᵀ + b [*, out_features] of input [*, in_features], or the ReLU of it."""
-        if relu or not self.fused_relus:
+        if relu or not self.applies_relu:
             return super().forward(input, relu)
-        if not all(unobserved(self, behind) for behind in self.fused_relus):
+        if not all(unobserved(self, behind) for behind in self.fused_relus or (_FUNCTION,)):
             _note_hooks()
             return super().forward(input)
         y = super().forward(input, relu=True)
@@ -57,19 +65,35 @@ class FusedLinear(Linear):
         return y
 
 
+_FUNCTION = nn.ReLU()
+"""Stands for a ReLU that is no module, and has no hooks."""
+
+
+def relu_unless_applied(relu: Callable[..., Tensor] | str, input: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    """`input` if a FusedLinear marked it, else what the function `relu`, or the method of that name, makes of it."""
+    if getattr(input, "_relu_applied", False) is not True:  # of a torch.fx Proxy any attribute is there
+        y: Tensor = (getattr(input, relu) if isinstance(relu, str) else relu)(
+            *(() if isinstance(relu, str) else (input,)), *arguments, **options
+        )
+        return y
+    input._relu_applied = False  # type: ignore[attr-defined]  # `x += shortcut` may follow, and this ReLU again
+    return input
+
+
 class FusedReLU(nn.ReLU):
     """An nn.ReLU that the Linear before it has applied, or does not have."""
 
+    _plain_class = nn.ReLU
+
     def forward(self, input: Tensor) -> Tensor:
         """`input` if a FusedLinear marked it, else the ReLU of it."""
-        if getattr(input, "_relu_applied", False) is not True:  # of a torch.fx Proxy any attribute is there
-            return super().forward(input)
-        input._relu_applied = False  # type: ignore[attr-defined]  # `x += shortcut` may follow, and this ReLU again
-        return input
+        return relu_unless_applied(super().forward, input)
 
 
 class FusedSequential(nn.Sequential):
     """An nn.Sequential that runs a FusedLinear and the nn.ReLU after it as one."""
+
+    _plain_class = nn.Sequential
 
     def forward(self, input: Any) -> Any:
         """What the modules, one after the other, make of `input`."""
@@ -91,29 +115,100 @@ def _note_hooks() -> None:
     dispatch.note(dispatch.Decision("relu", "PyTorch", "it or the Linear before it has hooks"))
 
 
-_PLAIN: dict[type[nn.Module], type[nn.Module]] = {
-    FusedLinear: nn.Linear,
-    FusedReLU: nn.ReLU,
-    FusedSequential: nn.Sequential,
-}
+class _Asking(ast.NodeTransformer):
+    """Puts `relu_unless_applied` in the place of the calls of a ReLU at some places of a function."""
+
+    def __init__(self, places: frozenset[tuple[int, int]]) -> None:
+        self.places = places
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        """The call, or that in its place; what is in it first."""
+        self.generic_visit(node)
+        if (node.lineno, node.col_offset) not in self.places:
+            return node
+        asked: list[ast.expr] = [node.func]
+        if isinstance(node.func, ast.Attribute) and not _is_function(node):
+            asked = [ast.Constant(node.func.attr), node.func.value]
+        asking = ast.Call(ast.Name(_ASKED, ast.Load()), [*asked, *node.args], node.keywords)
+        return ast.copy_location(asking, node)
 
 
-def _kind(module: nn.Module) -> type[nn.Module]:
-    """The class of `module`, or what it was before fuse."""
-    return _PLAIN.get(type(module), type(module))
+_ASKED = "relu_unless_applied"
+
+
+def _is_function(call: ast.Call) -> bool:
+    """Whether a call of a ReLU gets its tensor as an argument, and not as what the method is of."""
+    return bool(call.args) or any(keyword.arg == "input" for keyword in call.keywords)
+
+
+@lru_cache(maxsize=1024)
+def _asking_class(kind: Any, places: frozenset[Place]) -> type[nn.Module]:
+    """A subclass of `kind` whose methods ask at these places whether the ReLU was applied. Raises where that fails."""
+    methods: dict[str, Any] = {}
+    for function, owner in {(place.function, place.owner) for place in places}:
+        here = frozenset((p.line, p.column) for p in places if p.function is function)
+        methods[function.__name__] = _asking_function(function, owner, here)
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    more = {"_plain_class": kind, "_places": places, "__reduce_ex__": _reduce}
+    metaclass: Any = type(kind)
+    made: type[nn.Module] = metaclass(kind.__name__, (kind,), names | methods | more)
+    return made
+
+
+def _asking_function(function: FunctionType, owner: type, places: frozenset[tuple[int, int]]) -> FunctionType:
+    """`function` of the class `owner`, compiled anew; it has the names from outside that it had, and one more."""
+    source = reading.source(function.__code__)
+    assert not isinstance(source, str)
+    tree = _Asking(places).visit(copy.deepcopy(source.tree))
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    cells[_ASKED] = CellType(relu_unless_applied)
+    outside = [name for name in cells if name != "__class__"]
+    module = ast.parse(f"def outside({', '.join(outside)}):\n class {owner.__name__}:\n  pass")
+    outer: Any = module.body[0]
+    outer.body[0].body = [tree]
+    ast.fix_missing_locations(module)
+    code = compile(module, function.__code__.co_filename, "exec", dont_inherit=True)
+    for name in ("outside", owner.__name__, function.__name__):
+        code = next(part for part in code.co_consts if getattr(part, "co_name", None) == name)
+    closure = tuple(cells[name] for name in code.co_freevars)
+    made = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
+    made.__kwdefaults__, made.__qualname__ = function.__kwdefaults__, function.__qualname__
+    made.__doc__, made.__annotations__ = function.__doc__, function.__annotations__
+    return made
+
+
+def _reduce(self: nn.Module, protocol: Any) -> Any:
+    """For copies and pickles: the class by its plain one, which can be found by name."""
+    kind: Any = plain_class(type(self))
+    made = super(type(self), self).__reduce_ex__(protocol)
+    if made[0] is not copyreg.__newobj__ or made[1][:1] != (type(self),):  # type: ignore[attr-defined]
+        return made
+    fused: Any = type(self)
+    places = tuple((p.owner, p.function.__name__, p.line, p.column) for p in fused._places)
+    return _restored, (kind, places, *made[1][1:]), *made[2:]
+
+
+def _restored(kind: Any, places: tuple[tuple[type, str, int, int], ...], *arguments: Any) -> nn.Module:
+    """A new module of the fused class; if the source changed, of the plain one, whose ReLU does no harm."""
+    found = frozenset(Place(vars(owner).get(name), owner, line, column) for owner, name, line, column in places)
+    try:
+        fused = _asking_class(kind, found)
+    except Exception:
+        fused = kind
+    made: nn.Module = fused.__new__(fused, *arguments)
+    return made
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """Fuse every nn.Linear of `model` with the nn.ReLU that follows it, in place, and return `model`.
+    """Fuse every nn.Linear of `model` with the ReLU that follows it, in place, and return `model`.
 
-    Parameters and state dict keys stay as they are; :func:`fusions` lists what was fused and what was left alone and
-    why (the logger "fusednn" has it too). Call it before DistributedDataParallel, fully_shard or torch.compile wrap the
-    model, and :func:`unfuse` before its modules are exchanged.
+    The ReLU is an nn.ReLU, `F.relu`, `torch.relu`, or the tensor's method. Parameters and state dict keys stay as they
+    are; :func:`fusions` lists what was fused and what was left alone and why (the logger "fusednn" has it too). Call it
+    before DistributedDataParallel, fully_shard or torch.compile wrap the model, and :func:`unfuse` before its modules
+    are exchanged.
 
-    What the model computes stays too, but for what a trace by torch.fx cannot show, outside of an nn.Sequential: a
-    fused Linear that other code than a traced forward calls, by itself, applies the ReLU; and a forward that does
-    something else with its output depending on the type of its input, the grad mode, a random number or an attribute
-    other than `training` is seen as it goes now. Such a model had better be left as it is.
+    What the model computes stays too, but for one thing: outside of an nn.Sequential, a fused Linear that other code
+    than a forward calls, by itself, applies the ReLU. Such a model had better be left as it is.
     """
     unfuse(model)
     analysis = _Analysis(model)
@@ -121,19 +216,24 @@ def fuse(model: nn.Module) -> nn.Module:
         _log.info("fuse: %s", fusion)
     for sequential, linear, _ in analysis.in_sequentials():
         sequential.__class__, linear.__class__ = FusedSequential, FusedLinear
-    for linear, relus in analysis.traced_pairs().items():
-        linear.__class__, vars(linear)["fused_relus"] = FusedLinear, tuple(relus)
-        for relu in relus:
+    pairs = analysis.pairs()
+    for linear, relus in pairs.items():
+        modules = tuple(relu for relu in relus if isinstance(relu, nn.Module))
+        linear.__class__ = FusedLinear
+        vars(linear).update(applies_relu=True, fused_relus=modules)
+        for relu in modules:
             relu.__class__ = FusedReLU
+    for module, kind in analysis.asking(pairs).items():
+        module.__class__ = kind
     return model
 
 
 def unfuse(model: nn.Module) -> nn.Module:
     """Undo :func:`fuse`, in place, and return `model`."""
     for module in model.modules():
-        if type(module) in _PLAIN:
-            module.__class__ = _PLAIN[type(module)]
-        vars(module).pop("fused_relus", None)  # from a subclass of a FusedLinear too, which parametrize makes
+        module.__class__ = plain_class(type(module))
+        for name in ("applies_relu", "fused_relus"):  # from a subclass of a FusedLinear too, which parametrize makes
+            vars(module).pop(name, None)
     return model
 
 
@@ -142,107 +242,92 @@ def fusions(model: nn.Module) -> tuple[Fusion, ...]:
     return tuple(_Analysis(model).fusions())
 
 
-class _LeafTracer(fx.Tracer):
-    """Traces the forward of one module and looks into none of its children."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-def twin_of(module: nn.Module, training: bool) -> nn.Module:
-    """`module` with the same children and parameters, and attributes and buffers that its forward may change."""
-    twin = copy.copy(module)
-    vars(twin).update(
-        {name: dict(value) for name, value in vars(module).items() if type(value) is dict},
-        _buffers={name: None if buffer is None else buffer.clone() for name, buffer in module._buffers.items()},
-        training=training,
-    )
-    return twin
-
-
 class _Analysis:
-    """Who calls the Linears and ReLUs of a model, as far as torch.fx can tell."""
+    """Who calls the Linears and ReLUs of a model, as their forwards say."""
 
     def __init__(self, model: nn.Module) -> None:
         self.names = {module: name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
         self.linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        self.sequentials = [module for module in model.modules() if _kind(module) is nn.Sequential]
+        self.sequentials = [module for module in model.modules() if plain_class(type(module)) is nn.Sequential]
         # what becomes of a Linear's output: the ReLU that alone gets it, or words for something else
-        self.uses: dict[nn.Module, list[nn.Module | str]] = {linear: [] for linear in self.linears}
-        self.opaque: dict[nn.Module, str] = {}  # what a module that cannot be traced may call
+        self.uses: dict[nn.Module, list[nn.Module | Place | str]] = {linear: [] for linear in self.linears}
+        self.opaque: dict[nn.Module, str] = {}  # what a module that cannot be read may call
+        self.places: dict[Place, list[nn.Module]] = {}  # the modules in whose forward a ReLU stands
         for module in model.modules():
-            if _kind(module) is nn.Sequential or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            if plain_class(type(module)) is nn.Sequential or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
                 continue
             if any(isinstance(inner, nn.Linear) for inner in module.modules() if inner is not module):
-                self._trace(module)
+                self._read(module)
 
-    def _trace(self, module: nn.Module) -> None:
+    def _read(self, module: nn.Module) -> None:
         try:
-            if "forward" in vars(module):
-                raise TypeError("it was replaced")
-            parameters = inspect.signature(module.forward).parameters.values()
-            defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-            # torch.fx does not see a test for None: trace with and without what may be left out
-            for given in ({}, defaults) if defaults else ({},):
-                for mode in (True, False):
-                    twin = twin_of(module, mode)
-                    with torch.random.fork_rng(devices=()):
-                        graph = _LeafTracer().trace(twin, given)
-                    kept = {value.node for value in tree_leaves(vars(twin)) if isinstance(value, fx.Proxy)}
-                    for node in graph.nodes:
-                        self._read(twin, node, node in kept)
-        except Exception as error:  # whatever the forward of a user raises when it gets no tensors
-            words = str(error).strip().splitlines() or [type(error).__name__]
+            readings, escaped = reading.ways(module)
+        except Unread as unread:
             name = f"{self.names[module]}, a {type(module).__name__}," if self.names[module] else type(module).__name__
             for inner in module.modules():
-                self.opaque[inner] = f"torch.fx cannot trace the forward of {name} that may call it: {words[0]}"
+                self.opaque[inner] = f"the forward of {name} that may call it is not understood: {unread}"
+            return
+        for inner, text in escaped.items():
+            self.opaque[inner] = f"something may call it: {text}"
+        for way in readings:
+            users, returned = way.users(), reading.nodes_of(way.output)
+            for node in way.nodes:
+                if node.kind == "module" and node.what in self.uses:
+                    self.uses[node.what].append(self._use(module, node, users[node], node in returned))
 
-    def _read(self, module: nn.Module, node: fx.Node, kept: bool) -> None:
-        callee = _called(module, node)
-        if node.op == "get_attr":  # a parameter, used by something else than the call of its module: forward(), say
-            owner = module.get_submodule(str(node.target).rpartition(".")[0])
-            if owner in self.uses:
-                self.uses[owner].append(f"{node.target} is used by itself")
-        if callee in self.uses:
-            users = list(node.users)
-            if kept:
-                self.uses[callee].append("its output is kept as an attribute")
-                return
-            behind = _called(module, users[0]) if len(users) == 1 else None
-            if behind is not None and _kind(behind) is nn.ReLU:
-                self.uses[callee].append(behind)
-            else:
-                words = ", ".join(user.name for user in users) or "nothing"
-                self.uses[callee].append(f"no nn.ReLU alone gets its output, but {words}")
+    def _use(self, module: nn.Module, node: Node, users: list[Node], returned: bool) -> nn.Module | Place | str:
+        """The ReLU that alone gets the output of a Linear, or words."""
+        alone = users[0] if len(users) == 1 and not returned else None
+        if alone is not None and alone.kind == "module" and plain_class(type(alone.what)) is nn.ReLU:
+            relu: nn.Module = alone.what
+            return relu
+        if alone is not None and alone.place is not None and alone.what in ("relu", "relu_"):
+            function = alone.place.function
+            if getattr(plain_class(type(module)), function.__name__, None) is not function:
+                return f"its ReLU stands in a method that super() finds: {alone.text}"
+            self.places.setdefault(alone.place, []).append(module)
+            return alone.place
+        words = [self.names.get(user.what, "?") if user.kind == "module" else str(user.what) for user in users]
+        words += ["output"] * returned
+        return f"no ReLU alone gets its output, but {', '.join(words) or 'nothing'}"
 
     def in_sequentials(self) -> Iterator[tuple[nn.Module, nn.Module, nn.Module]]:
         """The nn.Sequentials, and the Linear and the ReLU of each pair in them."""
         for sequential in self.sequentials:
             for linear, relu in pairwise(_children(sequential)):
-                paired = linear in self.uses and _kind(relu) is nn.ReLU
+                paired = linear in self.uses and plain_class(type(relu)) is nn.ReLU
                 if paired and _refusal(linear) is None and not self.uses[linear]:
                     yield sequential, linear, relu
 
-    def traced_pairs(self) -> dict[nn.Module, list[nn.Module]]:
+    def pairs(self) -> dict[nn.Module, list[nn.Module | Place]]:
         """The Linears whose every use a ReLU follows, and those."""
         inside = self._inside()
-        pairs: dict[nn.Module, list[nn.Module]] = {}
+        pairs: dict[nn.Module, list[nn.Module | Place]] = {}
         for linear, uses in self.uses.items():
-            relus = [use for use in dict.fromkeys(uses) if isinstance(use, nn.Module)]
-            unsure = {linear, *relus} & inside or linear in self.opaque or _refusal(linear)
+            relus = [use for use in dict.fromkeys(uses) if not isinstance(use, str)]
+            modules = {relu for relu in relus if isinstance(relu, nn.Module)}
+            unsure = {linear, *modules} & inside or linear in self.opaque or _refusal(linear)
             if relus and len(relus) == len(set(uses)) and not unsure:
                 pairs[linear] = relus
         return pairs
 
+    def asking(self, pairs: dict[nn.Module, list[nn.Module | Place]]) -> dict[nn.Module, type[nn.Module]]:
+        """The modules in whose forward a ReLU of a pair stands, and their new classes."""
+        places: dict[nn.Module, set[Place]] = {}
+        for place in {relu for relus in pairs.values() for relu in relus if isinstance(relu, Place)}:
+            for module in self.places[place]:
+                places.setdefault(module, set()).add(place)
+        return {module: _asking_class(plain_class(type(module)), frozenset(at)) for module, at in places.items()}
+
     def fusions(self) -> Iterator[Fusion]:
         """What becomes of each Linear, in the order of the model."""
         paired = {linear: relu for _, linear, relu in self.in_sequentials()}
-        traced, inside = self.traced_pairs(), self._inside()
+        found, inside = self.pairs(), self._inside()
         for linear in self.linears:
             name = self.names[linear]
-            if linear in traced:
-                relus = " and ".join(self.names[relu] for relu in traced[linear])
-                yield Fusion(name, relus, "found by torch.fx")
+            if linear in found:
+                relus = [str(r) if isinstance(r, Place) else self.names[r] for r in found[linear]]
+                yield Fusion(name, " and ".join(relus), "as its forward says")
             elif linear in paired:
                 yield Fusion(name, self.names[paired[linear]], "in an nn.Sequential")
             else:
@@ -269,14 +354,9 @@ def _children(sequential: nn.Module) -> list[nn.Module]:
     return [module for module in sequential._modules.values() if module is not None]
 
 
-def _called(root: nn.Module, node: fx.Node) -> nn.Module | None:
-    """The module that `node` of the trace of `root` calls."""
-    return root.get_submodule(str(node.target)) if node.op == "call_module" else None
-
-
 def _refusal(linear: nn.Module) -> str | None:
     """Why a Linear cannot be fused whatever follows it."""
-    if _kind(linear) is not nn.Linear:
+    if plain_class(type(linear)) is not nn.Linear:
         return f"a {type(linear).__module__}.{type(linear).__qualname__}, not nn.Linear itself"
     if type(linear.weight) not in (Tensor, nn.Parameter):
         return f"its weight is a {type(linear.weight).__qualname__}"

@@ -91,7 +91,7 @@ class InTraining(Layers):
 
 
 class Default(Layers):
-    """What torch.fx does not follow: a Proxy is never None."""
+    """What may be left out says what else gets the output."""
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         before = self.fc1(x)
@@ -101,7 +101,7 @@ class Default(Layers):
 
 
 class Kept(Layers):
-    """The pre-activation is kept for somebody; and there is state that a trace must not move."""
+    """The pre-activation is kept for somebody; and there is state that a run would move."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class LoraLinear(nn.Linear):
 
 
 class Untraceable(nn.Module):
-    """torch.fx cannot follow this, but calls its nn.Sequential as a whole, and another's modules by themselves."""
+    """The data say which way it goes; it calls its nn.Sequential as a whole, and another's modules by themselves."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ NETS: dict[str, tuple[Any, list[str]]] = {
     "weight_norm by hook": (weight_norm_by_hook, ["0", "3"]),
     "LoRA": (lora, []),
     "untraceable": (Untraceable, ["whole.0", "parts.0"]),
-    "functional": (Functional, []),
+    "functional": (Functional, ["fc1", "fc2"]),
 }
 
 
@@ -237,7 +237,8 @@ def test_values_and_gradients(name: str, training: bool, device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "relus"), [("VGG head", 2), ("autoencoder", 2), ("layers", 2), ("shared", 3), ("untraceable", 1)]
+    ("name", "relus"),
+    [("VGG head", 2), ("autoencoder", 2), ("layers", 2), ("shared", 3), ("untraceable", 1), ("functional", 2)],
 )
 def test_the_kernels_apply_the_relu(name: str, relus: int, device: str) -> None:
     """As many fused calls as there were ReLUs, and no ReLU of PyTorch's."""
@@ -276,7 +277,7 @@ def test_hooks_see_what_they_saw(name: str, where: str, register: str, device: s
     assert any("hooks" in decision.reason for decision in decisions)
 
 
-@pytest.mark.parametrize("name", ["autoencoder", "layers", "shared"])
+@pytest.mark.parametrize("name", ["autoencoder", "layers", "shared", "functional"])
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies_stay_fused_and_can_be_undone(name: str, how: str) -> None:
     model, x = fuse(made(name)), torch.randn(5, 12, dtype=torch.float64)
@@ -290,7 +291,7 @@ def test_copies_stay_fused_and_can_be_undone(name: str, how: str) -> None:
     torch.testing.assert_close(results(other, x), results(made(name), x))
 
 
-@pytest.mark.parametrize("name", ["VGG head", "layers", "mixed"])
+@pytest.mark.parametrize("name", ["VGG head", "layers", "mixed", "functional"])
 def test_compile(name: str) -> None:
     torch._dynamo.reset()
     model, plain = fuse(made(name)), made(name)
@@ -300,7 +301,8 @@ def test_compile(name: str) -> None:
         torch.testing.assert_close(results(compiled, x), results(plain, x))
 
 
-def test_compiled_graphs_have_no_relu_left() -> None:
+@pytest.mark.parametrize("name", ["layers", "functional"])
+def test_compiled_graphs_have_no_relu_left(name: str) -> None:
     graphs: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -308,7 +310,7 @@ def test_compiled_graphs_have_no_relu_left() -> None:
         return graph.forward
 
     torch._dynamo.reset()
-    torch.compile(fuse(made("layers")), fullgraph=True, backend=backend)(torch.randn(5, 12, dtype=torch.float64))
+    torch.compile(fuse(made(name)), fullgraph=True, backend=backend)(torch.randn(5, 12, dtype=torch.float64))
     assert len(graphs) == 1
     assert "functional.relu" not in graphs[0]
     assert "torch.relu" not in graphs[0]
@@ -350,8 +352,8 @@ def test_reasons_are_given(caplog: pytest.LogCaptureFixture) -> None:
     assert "LoraLinear, not nn.Linear itself" in str(fusions(made("LoRA"))[3])
     assert "its output, but add" in str(fusions(made("LoRA"))[0])
     assert "its output, but relu, getitem" in str(fusions(made("pre-activation"))[0])
-    assert "cannot trace the forward of Untraceable" in str(fusions(made("untraceable"))[2])
-    assert str(fusions(made("layers"))[0]) == "fc1 + relu: fused (found by torch.fx)"
+    assert "the forward of Untraceable that may call it is not understood: line" in str(fusions(made("untraceable"))[2])
+    assert str(fusions(made("layers"))[0]) == "fc1 + relu: fused (as its forward says)"
     with caplog.at_level(logging.INFO, "fusednn"):
         fuse(made("autoencoder"))
     assert "encoder.0 + encoder.1: fused (in an nn.Sequential)" in caplog.text
@@ -376,7 +378,7 @@ def test_twice_is_once(device: str) -> None:
     torch.testing.assert_close(results(model, x), results(made("shared").to(device), x))
 
 
-def test_a_trace_leaves_no_trace() -> None:
+def test_nothing_runs() -> None:
     model = made("kept")
     random = torch.get_rng_state()
     fusions(fuse(model))
@@ -395,6 +397,75 @@ def test_a_parametrization_that_came_later(device: str) -> None:
     unfuse(model)
     x = torch.randn(5, 12, dtype=torch.float64, device=device)
     torch.testing.assert_close(model.fc1(x), F.linear(x, model.fc1.weight, model.fc1.bias))
+
+
+class Written(nn.Module):
+    """As people write it: names used again, a method of the class, a keyword, in place, with defaults."""
+
+    scale = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.fc3, self.fc4 = (nn.Linear(12, 12) for _ in range(4))
+
+    def encode(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        x = F.relu(x)
+        return self.fc2(x).relu()
+
+    def forward(self, x: Tensor, *, twice: bool = False) -> Tensor:
+        x = F.relu(input=self.fc3(self.encode(x)), inplace=True)
+        return torch.relu(self.fc4(x)) if twice else torch.relu_(self.fc4(x)) * self.scale
+
+
+class Derived(Written):
+    """A method of another class, by super()."""
+
+    def forward(self, x: Tensor, *, twice: bool = False) -> Tensor:
+        return super().forward(x, twice=twice) + 1
+
+
+def test_what_super_finds_is_left() -> None:
+    model, x = Derived(), torch.randn(5, 12)
+    y = model(x)
+    assert ["super() finds" in fusion.reason for fusion in fusions(fuse(model))] == [False, False, True, True]
+    torch.testing.assert_close(model(x), y)
+
+
+def test_functions_and_methods_of_any_kind(device: str) -> None:
+    """The class keeps its name, and is its own again after unfuse."""
+    kind: Any = Written
+    torch.manual_seed(4)
+    plain = kind().to(device)
+    model, x = copy.deepcopy(plain), torch.randn(5, 12, device=device)
+    assert [fusion.relu is not None for fusion in fusions(fuse(model))] == [True] * 4
+    assert isinstance(model, kind)
+    assert (type(model).__name__, type(model).__module__) == (kind.__name__, kind.__module__)
+    for arguments in ({}, {"twice": True}):
+        torch.testing.assert_close(model(x, **arguments), plain(x, **arguments))
+        with torch.profiler.profile() as profile:
+            model(x, **arguments)
+        assert not any(event.key.startswith("aten::relu") for event in profile.key_averages())
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
+        assert type(other) is type(model)
+        torch.testing.assert_close(other(x), plain(x))
+    seen: list[Tensor] = []
+    model.fc1.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+    torch.testing.assert_close(model(x), plain(x))
+    assert (seen[0] < 0).any()
+    assert type(unfuse(model)) is kind
+    torch.testing.assert_close(model(x), plain(x))
+
+
+def test_a_pickle_of_another_source_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(4)
+    plain = Layers()
+    plain.__class__ = Functional
+    model, x = fuse(copy.deepcopy(plain)), torch.randn(5, 12)
+    saved = pickle.dumps(model)
+    monkeypatch.setattr(Functional, "forward", Layers.forward)
+    other = pickle.loads(saved)  # noqa: S301
+    torch.testing.assert_close(other(x), plain(x))
 
 
 def test_a_weight_with_ideas_of_its_own_is_left_alone() -> None:

@@ -102,8 +102,8 @@ def train_steps(
       RuntimeError here.
 
     Ctrl-C, another signal whose handler raises, and whatever else is raised, leaves whole steps: those that on_chunk
-    was told of. A model of a class of its own is looked into by torch.fx, during which other threads should call no
-    modules; nn.Sequential(Linear, ReLU, Linear) and SimpleNN are known at sight.
+    was told of. What a model of a class of its own computes is read in the source of its forward; nothing of it runs to
+    find that out. Where a line is not understood, "looped" serves, and `explain` quotes it.
 
     Who runs the steps `explain` tells: "resident", where model is Linear, ReLU, Linear of a moderate size in float32 or
     float64 on a GPU, the criterion nn.CrossEntropyLoss and the optimizer torch.optim's Adam, AdamW or SGD without
@@ -131,11 +131,11 @@ def train_steps(
     engine: Any
     if choice.engine == "native":
         assert choice.net is not None
-        engine = Native(job, choice.net)
+        engine = Native(choice.job, choice.net)
     elif choice.net is not None:
         from .resident import Resident  # imports Triton, as does captured
 
-        engine = Resident(job, choice.net)
+        engine = Resident(choice.job, choice.net)
     elif choice.captured is not None:
         from .captured import Captured
 

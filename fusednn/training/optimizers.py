@@ -49,9 +49,10 @@ def refusal(optimizer: Optimizer, parameters: list[Tensor], schedule: Any) -> st
         return f"no kernel for the optimizer {kind.__module__}.{kind.__qualname__}"
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks or _global_hooks():
         return "the optimizer has hooks"
-    # a scheduler wraps the step that it finds, which may be a user's
-    if "step" in vars(optimizer) and getattr(optimizer.step, "__wrapped__", None) is not kind.step:
+    if not _is_torchs(optimizer.step, {base.__module__ for base in kind.__mro__}):
         return "the optimizer's step was replaced"
+    if "zero_grad" in vars(optimizer) or kind.zero_grad is not _ZERO_GRAD:
+        return "the optimizer's zero_grad was replaced"
     if schedule is not None and not _only_sets_options(schedule):
         return f"no kernel for the schedule {type(schedule).__qualname__}, which may look at the parameters"
     groups = optimizer.param_groups
@@ -85,6 +86,23 @@ def refusal(optimizer: Optimizer, parameters: list[Tensor], schedule: Any) -> st
         if state and kind is not SGD and not complete:
             return "the optimizer's state is not Adam's"
     return None
+
+
+_ZERO_GRAD = Optimizer.zero_grad
+
+
+def _is_torchs(step: Any, modules: set[str]) -> bool:
+    """Whether a step is that of torch.optim, in which it lies wrapped, by torch.optim itself and by its schedulers.
+
+    The names and attributes of a function say nothing of that: functools.wraps copies them.
+    """
+    while step is not None:
+        function = getattr(step, "__func__", step)
+        where = getattr(function, "__globals__", {}).get("__name__")
+        if where not in modules | {"torch.optim.optimizer", "torch.optim.lr_scheduler"}:
+            return False
+        step = vars(function).get("__wrapped__")
+    return where in modules
 
 
 def _only_sets_options(schedule: Any) -> bool:

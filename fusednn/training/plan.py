@@ -1,5 +1,7 @@
 """Which engine runs a job: the one that does exactly what the reference loop does, in the fewest launches."""
 
+import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -38,10 +40,12 @@ AVX-512 and on Arm."""
 
 
 class Choice(NamedTuple):
-    """The engine, "resident", "native", "captured" or "looped", and why; the first two's net, a graph's parameters."""
+    """The engine, "resident", "native", "captured" or "looped", and why; what it is given, which has the
+    inputs as a matrix where the model makes them one; the first two's net, a graph's parameters."""
 
     engine: str
     reason: str
+    job: Job
     net: Net | None = None
     captured: list[Tensor] | None = None
 
@@ -54,23 +58,35 @@ class Choice(NamedTuple):
 def choose(job: Job) -> Choice:
     """The engine for `job`."""
     if (reason := _against_data(job)) is not None:
-        return Choice("looped", reason)
-    net = find_net(job.model)
-    if isinstance(net, str):
-        reason = net
+        return Choice("looped", reason, job)
+    net, flat = find_net(job.model, None if job.inputs.dim() == 2 else tuple(job.inputs.shape[1:])), _flat(job)
+    if isinstance(net, str) or flat is None:
+        reason = net if isinstance(net, str) else "the model makes its inputs a matrix, for which they are copied"
     else:
-        reason = _against_net(job, net) or _against_criterion(job, net.sizes[2])
+        reason = _against_net(flat, net) or _against_criterion(flat, net.sizes[2])
         reason = reason or optimizers.refusal(job.optimizer, net.parameters, job.lr_schedule)
+        where = f"{job.inputs.dtype}, {net}, batch {job.batch_size}"
         if reason is None and on_plain_cpu(job.inputs):
-            return Choice("native", f"{Native.machine}, {job.inputs.dtype}, {net}, batch {job.batch_size}", net)
-        if reason is None and (captured := _captured_if_quicker(job, net)) is not None:
-            where = f"{job.inputs.device}, {job.inputs.dtype}, {net}, batch {job.batch_size}"
-            return Choice("captured", f"{where}: as a CUDA graph of many programs", captured=captured)
+            return Choice("native", f"{Native.machine}, {where}", flat, net)
+        if reason is None and (captured := _captured_if_quicker(flat, net)) is not None:
+            reason = f"{job.inputs.device}, {where}: as a CUDA graph of many programs"
+            return Choice("captured", reason, job, captured=captured)
         if reason is None:
-            where = "Triton interpreter" if job.inputs.is_cpu else str(job.inputs.device)
-            return Choice("resident", f"{where}, {job.inputs.dtype}, {net}, batch {job.batch_size}", net)
+            device = "Triton interpreter" if job.inputs.is_cpu else str(job.inputs.device)
+            return Choice("resident", f"{device}, {where}", flat, net)
     captured = _captured(job)
-    return Choice("looped", reason if captured is None else f"{reason}; as a CUDA graph", captured=captured)
+    return Choice("looped", reason if captured is None else f"{reason}; as a CUDA graph", job, captured=captured)
+
+
+def _flat(job: Job) -> Job | None:
+    """The job with its inputs as a matrix, which is a view of them; None where it cannot be one."""
+    inputs = job.inputs
+    if inputs.dim() == 2:
+        return job
+    try:
+        return replace(job, inputs=inputs.view(len(inputs), -1 if inputs.numel() else math.prod(inputs.shape[1:])))
+    except RuntimeError:
+        return None
 
 
 def on_plain_cpu(x: Tensor) -> bool:
@@ -83,6 +99,8 @@ def against_change(job: Job, choice: Choice) -> str | None:
     now = choose(job)
     if now.engine != choice.engine or now.parameters is None:
         return now.reason
+    if now.job.inputs.shape != choice.job.inputs.shape or now.job.inputs.data_ptr() != choice.job.inputs.data_ptr():
+        return f"the inputs became {list(job.inputs.shape)}"
     same = [*map(id, now.parameters)] == [*map(id, choice.parameters or ())]
     return None if same else "the model has other parameters"
 
@@ -116,6 +134,11 @@ def _captured(job: Job) -> list[Tensor] | None:
     return parameters
 
 
+def dispatch_modes() -> int:
+    """How many modes of __torch_dispatch__ are on."""
+    return torch._C._len_torch_dispatch_stack()
+
+
 def _against_data(job: Job) -> str | None:
     """Why no training kernel takes the inputs and targets, or None."""
     inputs, targets = job.inputs, job.targets
@@ -133,6 +156,10 @@ def _against_data(job: Job) -> str | None:
     modes = _get_current_function_mode_stack()  # of them a default device is harmless
     if any(type(mode).__module__ != "torch.utils._device" for mode in modes):
         return "a mode of __torch_function__ is on"
+    if dispatch_modes():
+        return "a mode of __torch_dispatch__ is on"
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return "hooks see the tensors that are saved for backward"
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func is on"
     if inputs._is_zerotensor() or targets._is_zerotensor():

@@ -17,7 +17,7 @@ import copy
 import copyreg
 import logging
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from types import CellType, FunctionType
 from typing import Any, NamedTuple
@@ -72,9 +72,8 @@ _FUNCTION = nn.ReLU()
 def relu_unless_applied(relu: Callable[..., Tensor] | str, input: Tensor, *arguments: Any, **options: Any) -> Tensor:
     """`input` if a FusedLinear marked it, else what the function `relu`, or the method of that name, makes of it."""
     if getattr(input, "_relu_applied", False) is not True:  # of a torch.fx Proxy any attribute is there
-        y: Tensor = (getattr(input, relu) if isinstance(relu, str) else relu)(
-            *(() if isinstance(relu, str) else (input,)), *arguments, **options
-        )
+        method = getattr(input, relu) if isinstance(relu, str) else partial(relu, input)
+        y: Tensor = method(*arguments, **options)
         return y
     input._relu_applied = False  # type: ignore[attr-defined]  # `x += shortcut` may follow, and this ReLU again
     return input

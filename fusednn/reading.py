@@ -245,7 +245,7 @@ class _Reader:
         self, function: Any, owner: type, module: nn.Module, args: list[Any], kwargs: dict[str, Any]
     ) -> Any:
         """What a plain function, a method of `module` that stands in the class `owner`, makes of the arguments."""
-        source = self.source_of(function, owner)
+        source = self.source_of(function)
         names = self.bind(function, source, [module, *args], kwargs)
         frame, self.depth = _Frame(function, source, owner, module, names), self.depth + 1
         if self.depth > 50:
@@ -256,7 +256,7 @@ class _Reader:
             self.depth -= 1
         return value
 
-    def source_of(self, function: Any, owner: type) -> Source:
+    def source_of(self, function: Any) -> Source:
         """The source of `function`; Unread if there is none to be believed."""
         found = source(function.__code__)
         if isinstance(found, str):
@@ -406,9 +406,7 @@ class _Reader:
             value = self.item(vars(owner), name)
             return self.other(frame, expression, name, []) if value is _GONE else value
         if isinstance(owner, Node):
-            if name in LOOKS:
-                return Size(owner) if name == "shape" else Method(owner, name)
-            return Method(owner, name)
+            return Size(owner) if name == "shape" else Method(owner, name)
         if isinstance(owner, nn.Module):
             return self.attribute_of_module(frame, expression, owner)
         if type(owner) is _Super:
@@ -624,7 +622,7 @@ class _Reader:
     def escape(self, frame: _Frame, at: Any, values: list[Any]) -> None:
         """Modules among the values may be called by whoever gets them."""
         for value in values:
-            if isinstance(value, tuple) and not isinstance(value, (Node, Size, Undecided)):
+            if isinstance(value, tuple):
                 self.escape(frame, at, [*value])
             elif isinstance(value, nn.Module):
                 self.escaped |= {inner: self.text(frame, at) for inner in value.modules()}
@@ -658,7 +656,8 @@ class _Dead(Exception):  # noqa: N818
 
 def is_sequential(module: Any) -> bool:
     """Whether `module` is an nn.Sequential that calls its modules one after the other."""
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    kind: Any = plain_class(type(module))
+    return isinstance(module, nn.Sequential) and kind.forward is nn.Sequential.forward
 
 
 def _is_known(callee: Any) -> bool:
@@ -705,10 +704,10 @@ class _Whole(_Reader):
     def constant(self, value: Any, name: str) -> Any:
         return value
 
-    def source_of(self, function: Any, owner: type) -> Source:
+    def source_of(self, function: Any) -> Source:
         for name in ("__code__", "__defaults__", "__kwdefaults__"):
             self.facts.attribute(function, name)
-        return super().source_of(function, owner)
+        return super().source_of(function)
 
     def call_module(
         self, frame: _Frame, call: ast.Call, module: nn.Module, args: list[Any], kwargs: dict[str, Any]
@@ -784,7 +783,6 @@ _CALLS.append(("__getattribute__", object.__getattribute__))
 UNTOUCHED: list[tuple[Any, str, Any]] = [
     (owner, name, getattr(owner, name))
     for owner, names in (
-        (nn.Module, "__call__ _call_impl _wrapped_call_impl __getattr__"),
         (nn.Linear, "forward"), (nn.ReLU, "forward"), (nn.Sequential, "forward"), (nn.Flatten, "forward"),
         (nn.Identity, "forward"), (nn.Dropout, "forward"), (nn.CrossEntropyLoss, "forward"),
         (F, "linear relu relu_ cross_entropy dropout"), (torch, "relu relu_ flatten"),
@@ -823,13 +821,11 @@ def plain_class(kind: type) -> type:
     return found
 
 
-def read(model: Any, facts: Facts) -> Reading | str:
+def read(model: nn.Module, facts: Facts) -> Reading | str:
     """What `model`, called with one tensor and nothing else, does, or why that is not known.
 
     It is read in the mode that it is in, with the grad mode on. The first node is its input.
     """
-    if not isinstance(model, nn.Module):
-        return "the model is not a module"
     reader, x = _Whole(facts), Node("input", "the input")
     reader.nodes.append(x)
     try:

@@ -113,6 +113,17 @@ MUTANTS = [
     ),
     *of(
         CROSS_ENTROPY,
+        "aligned",
+        ("classes", "return C // ALIGN * ALIGN", "return C // (2 * ALIGN) * (2 * ALIGN)"),
+        ("strides", "strides[0] // ALIGN * ALIGN", "strides[0] // (2 * ALIGN) * (2 * ALIGN)"),
+    ),
+    *of(
+        LAUNCHER,
+        "alignment",
+        ("strides not looked at", "math.gcd(8, c, *(stride[0] for stride in strides))", "math.gcd(8, c)"),
+    ),
+    *of(
+        CROSS_ENTROPY,
         "load_labels",
         ("negative labels", "(label >= 0) & (label < C)", "label < C"),
         ("large labels", "(label >= 0) & (label < C)", "label >= 0"),

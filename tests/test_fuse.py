@@ -425,6 +425,25 @@ class Derived(Written):
         return super().forward(x, twice=twice) + 1
 
 
+class Indexing(nn.Module):
+    """Calls a pair of its nn.Sequential by number, and another Linear by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts, self.fc = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU()), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.fc(self.parts[2](self.parts(x))))
+
+
+def test_a_fused_sequential_is_read_as_what_it_was(device: str) -> None:
+    plain = Indexing().to(device)
+    model, x = fuse(copy.deepcopy(plain)), torch.randn(5, 12, device=device)
+    assert fusions(model) == fusions(plain)
+    assert [fusion.relu is not None for fusion in fusions(model)] == [True, False, True]
+    torch.testing.assert_close(model(x), plain(x))
+
+
 def test_what_super_finds_is_left() -> None:
     model, x = Derived(), torch.randn(5, 12)
     y = model(x)

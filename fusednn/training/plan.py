@@ -84,7 +84,7 @@ def _flat(job: Job) -> Job | None:
     if inputs.dim() == 2:
         return job
     try:
-        return replace(job, inputs=inputs.view(len(inputs), -1 if inputs.numel() else math.prod(inputs.shape[1:])))
+        return replace(job, inputs=inputs.view(len(inputs), math.prod(inputs.shape[1:])))
     except RuntimeError:
         return None
 

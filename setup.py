@@ -33,7 +33,7 @@ stable = not sysconfig.get_config_var("Py_GIL_DISABLED")
 native = Extension(
     "fusednn._native",
     ["kernels/native/mlp_training.cpp"],
-    depends=["kernels/native/adam.h", "kernels/native/products.h"],
+    depends=["kernels/native/adam.h", "kernels/native/facts.h", "kernels/native/products.h"],
     define_macros=[("Py_LIMITED_API", "0x030b0000")] if stable else [],
     py_limited_api=stable,
     extra_compile_args=["-std=c++17", "-O3", "-fno-math-errno"],

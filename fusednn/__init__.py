@@ -9,7 +9,7 @@ from . import functional
 from .dispatch import Decision, FallbackError, check_labels, explain, strict, warmup
 from .fuse import Fusion, fuse, fusions, unfuse
 from .modules import CrossEntropyLoss, Linear, LinearCrossEntropyLoss, LinearReLU, SimpleNN
-from .training import train_steps
+from .training import make_train_step, train_steps
 
 __version__ = "0.1.0"
 
@@ -27,6 +27,7 @@ __all__ = [
     "functional",
     "fuse",
     "fusions",
+    "make_train_step",
     "strict",
     "train_steps",
     "unfuse",

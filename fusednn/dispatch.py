@@ -95,6 +95,20 @@ def reason_against(x: torch.Tensor) -> str | None:
     return None
 
 
+def without_memory(x: torch.Tensor) -> str | None:
+    """Words for a dense tensor that has no memory, or less than it needs, as after `x.untyped_storage().resize_(0)`.
+
+    Whoever reads such a tensor reads what is not its own, PyTorch too.
+    """
+    if not (size := x.numel()):
+        return None
+    if not x.is_contiguous():
+        size = 1 + sum([(n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)])
+    if x.data_ptr() and x.untyped_storage().nbytes() >= (x.storage_offset() + size) * x.itemsize:
+        return None
+    return f"a tensor of {list(x.shape)} has no memory, or less than that"
+
+
 def _tell(operation: str, x: torch.Tensor) -> None:
     reason = reason_against(x)
     if reason is None:

@@ -14,7 +14,7 @@ Sources are kept by code object, and one that is not that of the code that runs 
 import ast
 import builtins
 import linecache
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from functools import lru_cache
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
@@ -23,6 +23,12 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+_hold: Any
+try:
+    from ._native import hold as _hold  # type: ignore[import-not-found,no-redef]
+except ImportError:  # there was no compiler when fusednn was installed
+    _hold = None
 
 FUNCTIONS: dict[Any, str] = {
     torch.relu: "relu", torch.relu_: "relu_", F.relu: "relu", F.relu_: "relu_",
@@ -179,41 +185,47 @@ def _alike(one: CodeType, other: CodeType) -> bool:
 
 
 class Facts:
-    """What a reading looked at, so that it can be asked later whether anything of it has changed."""
+    """What somebody looked at, so that it can be asked later whether anything of it has changed."""
 
     def __init__(self) -> None:
         self.items: list[tuple[Mapping[Any, Any], Any, Any]] = []
         self.attributes: list[tuple[Any, str, Any]] = []
-        self.cells: list[tuple[CellType, Any]] = []
-        self.hooks: list[tuple[Mapping[Any, Any], bool]] = []
+        self.lengths: list[tuple[Sized, int]] = []
+        self._noted: set[tuple[int, str]] = set()
 
     def item(self, mapping: Mapping[Any, Any], key: Any) -> Any:
-        """mapping.get(key, _GONE), noted."""
-        value = mapping.get(key, _GONE)
+        """mapping.get(key, GONE), noted."""
+        value = mapping.get(key, GONE)
         self.items.append((mapping, key, value))
         return value
 
     def attribute(self, owner: Any, name: str) -> Any:
-        """The attribute of a class, a function or a module, noted."""
-        value = getattr(owner, name)
-        self.attributes.append((owner, name, value))
+        """The attribute of anything, or GONE, noted."""
+        value = getattr(owner, name, GONE)
+        if (id(owner), name) not in self._noted:
+            self._noted.add((id(owner), name))
+            self.attributes.append((owner, name, value))
         return value
+
+    def length(self, collection: Sized) -> int:
+        """How much is in it, noted."""
+        self.lengths.append((collection, len(collection)))
+        return len(collection)
 
     def hold(self) -> bool:
         """Whether all is as it was."""
-        for mapping, key, value in self.items:
-            if mapping.get(key, _GONE) is not value:
-                return False
-        for owner, name, value in self.attributes:
-            if getattr(owner, name, _GONE) is not value:
-                return False
-        for cell, value in self.cells:
-            if cell.cell_contents is not value:
-                return False
-        return all(bool(hooks) is there for hooks, there in self.hooks)
+        if _hold is not None:
+            held: bool = _hold(self.items, self.attributes, self.lengths, GONE)
+            return held
+        return (
+            all(mapping.get(key, GONE) is value for mapping, key, value in self.items)
+            and all(getattr(owner, name, GONE) is value for owner, name, value in self.attributes)
+            and all(len(collection) == length for collection, length in self.lengths)
+        )
 
 
-_GONE = object()
+GONE = object()
+"""Stands for what is not there."""
 
 
 class _Frame(NamedTuple):
@@ -388,23 +400,26 @@ class _Reader:
             return self.refuse(frame, name)  # not assigned on this way
         function: Any = frame.function
         value = self.item(function.__globals__, name.id)
-        if value is _GONE:
+        if value is GONE:
             value = self.item(vars(builtins), name.id)
-        return self.refuse(frame, name) if value is _GONE else value
+        return self.refuse(frame, name) if value is GONE else value
 
     def item(self, mapping: Mapping[Any, Any], key: Any) -> Any:
-        """What `mapping` has, or _GONE."""
-        return mapping.get(key, _GONE)
+        """What `mapping` has, or GONE."""
+        return mapping.get(key, GONE)
 
     def note_cell(self, cell: CellType) -> Any:
         """What lies in a cell."""
         return cell.cell_contents
 
+    def note_length(self, collection: Sized) -> None:
+        """How much is in a collection was looked at."""
+
     def attribute(self, frame: _Frame, expression: ast.Attribute, owner: Any) -> Any:
         name = expression.attr
         if isinstance(owner, ModuleType):
             value = self.item(vars(owner), name)
-            return self.other(frame, expression, name, []) if value is _GONE else value
+            return self.other(frame, expression, name, []) if value is GONE else value
         if isinstance(owner, Node):
             return Size(owner) if name == "shape" else Method(owner, name)
         if isinstance(owner, nn.Module):
@@ -463,7 +478,7 @@ class _Reader:
                 return self.refuse(frame, expression)
         if type(owner) is nn.ModuleDict and type(key) is str:
             value = self.item(owner._modules, key)
-            return self.refuse(frame, expression) if value is _GONE else value
+            return self.refuse(frame, expression) if value is GONE else value
         return self.other(frame, expression, "getitem", [owner, key])
 
     def children(self, owner: Any) -> tuple[Any, ...] | None:
@@ -471,6 +486,7 @@ class _Reader:
         if type(owner) is tuple:
             return owner
         if type(owner) is nn.ModuleList or is_sequential(owner):
+            self.note_length(owner._modules)
             return tuple(self.item(owner._modules, name) for name in owner._modules)
         return None
 
@@ -698,8 +714,10 @@ class _Whole(_Reader):
         return self.facts.item(mapping, key)
 
     def note_cell(self, cell: CellType) -> Any:
-        self.facts.cells.append((cell, cell.cell_contents))
-        return cell.cell_contents
+        return self.facts.attribute(cell, "cell_contents")
+
+    def note_length(self, collection: Sized) -> None:
+        self.facts.length(collection)
 
     def constant(self, value: Any, name: str) -> Any:
         return value
@@ -730,6 +748,7 @@ class _Whole(_Reader):
         inner: list[str] | None = None
         if kind is nn.Sequential:
             inner = list(module._modules)
+            self.facts.length(module._modules)
         elif kind.__qualname__ == "SimpleNN" and kind.__module__ == "fusednn.modules":
             inner = ["fc1", "relu", "fc2"]
         elif not kind.__module__.startswith(_KNOWN):
@@ -763,15 +782,12 @@ class _Whole(_Reader):
             return "the model is compiled: pass the one that torch.compile was given"
         if kind.__module__.startswith(_PARALLEL):
             return "the model is spread over devices"
-        self.facts.attributes += [(kind, name, value) for name, value in _CALLS]
-        if any(getattr(kind, name, _GONE) is not value for name, value in _CALLS):
+        if any([self.facts.attribute(kind, name) is not value for name, value in _CALLS]):
             return "the model has a __call__ of its own, or other attributes than it seems to have"
         for name in ("forward", "_compiled_call_impl", "_call_impl"):
-            if self.facts.item(vars(module), name) not in (_GONE, None):
+            if self.facts.item(vars(module), name) not in (GONE, None):
                 return "a forward was replaced"
-        hooks = hooks_of(module)
-        self.facts.hooks += [(some, bool(some)) for some in hooks]
-        return "the model has hooks" if any(hooks) else None
+        return "the model has hooks" if any([self.facts.length(hooks) for hooks in hooks_of(module)]) else None
 
 
 _KNOWN = ("torch.", "fusednn.modules", "fusednn.fuse")
@@ -795,6 +811,8 @@ UNTOUCHED: list[tuple[Any, str, Any]] = [
 
 def patched() -> str | None:
     """Which of PyTorch's functions and classes that the engines stand for somebody has changed, or None."""
+    if _hold is not None and _hold([], UNTOUCHED, [], GONE):
+        return None
     for owner, name, value in UNTOUCHED:
         if getattr(owner, name, None) is not value:
             return f"{owner.__name__}.{name} was changed"

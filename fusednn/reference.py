@@ -3,7 +3,7 @@ the benchmarks compare with. Imports nothing but torch.
 """
 
 from collections.abc import Callable, Iterator
-from itertools import count
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -108,42 +108,80 @@ def train_steps(
     seed: int | None = None,
     criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
     lr_schedule: Any = None,
+    start_step: int = 0,
     return_accuracy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The loop that :func:`fusednn.train_steps` stands for: what it computes is what this computes.
 
-    Returns the loss of every step, and on request its accuracy: of the rows of the batch that are not ignored, the
-    share whose largest logit, the first of several, is the target's.
+    Returns the loss of every step, and on request its :func:`accuracy`.
     """
     criterion = criterion or nn.CrossEntropyLoss()
-    ignored = getattr(criterion, "ignore_index", -100)
+    if return_accuracy:
+        check_accuracy(criterion)
     losses, accuracies = [], []
-    for rows in _batches(len(inputs), batch_size, epochs, steps, shuffle, drop_last, generator, order, seed):
+    batches = _batches(len(inputs), batch_size, epochs, steps, shuffle, drop_last, generator, order, seed)
+    for rows in islice(batches, start_step, None):
         rows = rows.to(inputs.device)
         outputs = model(inputs[rows])
         loss = criterion(outputs, as_long(targets[rows]))
         optimizer.zero_grad()
         loss.backward()
+        if return_accuracy:
+            accuracies.append(accuracy(outputs, targets[rows], criterion))
         optimizer.step()
         if lr_schedule is not None:
             lr_schedule.step()
         losses.append(loss.detach())
-        if return_accuracy:
-            accuracies.append(accuracy(outputs, targets[rows], ignored))
     trace = torch.stack(losses) if losses else inputs.new_empty(0)
     if not return_accuracy:
         return trace
     return trace, torch.stack(accuracies) if accuracies else inputs.new_empty(0)
 
 
-def accuracy(outputs: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
-    """The share of the rows that are not ignored whose largest logit is the target's, 0-d; NaN where there is none."""
-    if targets.is_floating_point():
-        return (outputs.argmax(1) == targets.argmax(1)).to(outputs.dtype).mean()
-    targets = targets.long()  # or -100 would be compared as the 156 that it is in uint8
-    counted = targets != ignore_index
-    right = (outputs.argmax(1) == targets) & counted
-    return right.sum().to(outputs.dtype) / counted.sum()
+_LOGITS = (nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits)
+_PROBABILITIES = (nn.BCELoss, F.binary_cross_entropy)
+_CLASSLESS = (
+    nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss, nn.GaussianNLLLoss,
+    F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.poisson_nll_loss, F.gaussian_nll_loss,
+)  # fmt: skip
+
+
+def _is_one_of(criterion: Any, losses: tuple[Any, ...]) -> bool:
+    return criterion in losses or isinstance(criterion, tuple(loss for loss in losses if isinstance(loss, type)))
+
+
+def check_accuracy(criterion: Any) -> None:
+    """Raise ValueError for a loss that has no classes: of a regression there is no accuracy."""
+    if _is_one_of(criterion, _CLASSLESS):
+        name = getattr(criterion, "__name__", type(criterion).__name__)
+        raise ValueError(f"return_accuracy: {name} has no classes that an output could be right about")
+
+
+def accuracy(outputs: Tensor, targets: Tensor, criterion: Any) -> Tensor:
+    """How much of a batch is right, 0-d in the dtype of `outputs`; NaN where nothing counts.
+
+    With labels, or with as many probabilities as `outputs` [N, C, ...] has classes: the share, of those that are not
+    ignored, whose largest output, the first of several, is the target's. Of a binary cross entropy, and of a loss of
+    the user's on one column: the share on the right side of 0, or of 1/2 for BCELoss. Raises ValueError for others.
+    """
+    with torch.no_grad():
+        has_classes = isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss) or criterion in (
+            F.cross_entropy,
+            F.nll_loss,
+        )
+        binary = _is_one_of(criterion, _LOGITS + _PROBABILITIES)
+        if binary or (not has_classes and targets.numel() == outputs.numel() and outputs.shape[1:].numel() == 1):
+            middle = 0.5 if _is_one_of(criterion, _PROBABILITIES) else 0.0
+            return ((outputs > middle) == (targets.view_as(outputs) > 0.5)).to(outputs.dtype).mean()
+        if outputs.dim() < 2 or (targets.is_floating_point() and targets.shape != outputs.shape):
+            shapes = f"outputs {list(outputs.shape)} and targets {list(targets.shape)}, {targets.dtype}"
+            raise ValueError(f"return_accuracy: {shapes} are neither classes and labels nor one column")
+        if targets.is_floating_point():
+            return (outputs.argmax(1) == targets.argmax(1)).to(outputs.dtype).mean()
+        targets = targets.long()  # or -100 would be compared as the 156 that it is in uint8
+        counted = targets != getattr(criterion, "ignore_index", -100)
+        right = (outputs.argmax(1) == targets) & counted
+        return right.sum().to(outputs.dtype) / counted.sum()
 
 
 def _batches(
@@ -167,6 +205,11 @@ def _batches(
                 break
             yield rows
             done += 1
+
+
+def batches_of(rows: int, batch_size: int) -> int:
+    """How many batches an epoch of so many rows has: an empty one has one, an empty batch."""
+    return max(1, -(-rows // batch_size))
 
 
 def draw_order(

@@ -24,7 +24,14 @@ from .registry import define, eager, kernels, needs_graph, recorded
 def check_range(labels: Tensor, classes: int, ignore_index: int) -> None:
     """Raise PyTorch's IndexError for a label out of range: always on a CPU, else inside `check_labels()` (a sync)."""
     if labels.is_cpu or dispatch.checks_labels():
+        if (reason := dispatch.without_memory(labels)) is not None:
+            raise RuntimeError(f"target: {reason}")
         labels = labels.long()  # or -100 would be compared as the 156 that it is in uint8
+        if not labels.numel():
+            return
+        least, most = labels.aminmax()
+        if int(least) >= 0 and int(most) < classes:
+            return
         bad = labels[((labels < 0) | (labels >= classes)) & (labels != ignore_index)]
         if bad.numel():
             raise IndexError(f"Target {int(bad[0])} is out of bounds.")

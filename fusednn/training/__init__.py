@@ -1,4 +1,4 @@
-"""train_steps: the textbook training loop as one call."""
+"""train_steps: the textbook training loop as one call; make_train_step: a step of it a call."""
 
 from collections.abc import Callable
 from typing import Any, Literal, TypedDict, Unpack, overload
@@ -7,15 +7,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .. import dispatch
 from ..modules import CrossEntropyLoss
-from .interrupts import Interrupts
-from .job import Job, check, whole
-from .looped import Looped
-from .native import Native
-from .plan import Choice, against_change, choose
+from .job import check, whole
+from .driver import TrainStep, run
 
-__all__ = ["train_steps"]
+__all__ = ["TrainStep", "make_train_step", "train_steps"]
 
 
 class Options(TypedDict, total=False):
@@ -31,6 +27,7 @@ class Options(TypedDict, total=False):
     seed: int | None
     criterion: Callable[[Tensor, Tensor], Tensor] | None
     lr_schedule: Any
+    start_step: int
     on_chunk: Callable[[int, Tensor], object] | None
     chunk_steps: int | None
 
@@ -69,6 +66,7 @@ def train_steps(
     seed: int | None = None,
     criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
     lr_schedule: Any = None,
+    start_step: int = 0,
     return_accuracy: bool = False,
     on_chunk: Callable[[int, Tensor], object] | None = None,
     chunk_steps: int | None = None,
@@ -117,72 +115,51 @@ def train_steps(
     and parameters NaN. What the loop raises in a step it raises here, the steps before it done.
     """
     job = check(
-        model, optimizer, inputs, targets, batch_size=batch_size, epochs=epochs, steps=steps, shuffle=shuffle,
-        drop_last=drop_last, generator=generator, order=order, seed=seed,
-        criterion=CrossEntropyLoss() if criterion is None else criterion, lr_schedule=lr_schedule,
+        model, optimizer, inputs, targets, batch_size=batch_size, epochs=epochs, steps=steps, start_step=start_step,
+        shuffle=shuffle, drop_last=drop_last, generator=generator, order=order, seed=seed,
+        criterion=_CROSS_ENTROPY if criterion is None else criterion, lr_schedule=lr_schedule,
         return_accuracy=return_accuracy,
     )  # fmt: skip
     if chunk_steps is not None:
         chunk_steps = whole("chunk_steps", chunk_steps, 1)
     if on_chunk is not None and not callable(on_chunk):
         raise TypeError(f"on_chunk needs a function, not {type(on_chunk).__name__}")
-    choice = choose(job)
-    dispatch.note(dispatch.Decision("train_steps", choice.engine, choice.reason))
-    engine: Any
-    if choice.engine == "native":
-        assert choice.net is not None
-        engine = Native(choice.job, choice.net)
-    elif choice.net is not None:
-        from .resident import Resident  # imports Triton, as does captured
-
-        engine = Resident(choice.job, choice.net)
-    elif choice.captured is not None:
-        from .captured import Captured
-
-        engine = Captured(job, choice.captured)
-    else:
-        engine = Looped(job)
-    try:
-        _run(engine, job, choice, on_chunk, chunk_steps)
-    finally:
-        optimizer.zero_grad()
-    traces = [torch.cat(trace) if trace else inputs.new_empty(0) for trace in (engine.losses, engine.accuracies)]
-    return (traces[0], traces[1]) if return_accuracy else traces[0]
+    losses, accuracies = run(job, on_chunk, chunk_steps)
+    return (losses, accuracies) if return_accuracy else losses
 
 
-def _run(
-    engine: Any, job: Job, choice: Choice, on_chunk: Callable[[int, Tensor], object] | None, chunk_steps: int | None
-) -> None:
-    """Let `engine` make the steps of `job`, and tell `on_chunk` of them, also of those before an error."""
-    steps = job.steps
-    told = 0  # how many of the engine's pieces of losses on_chunk has seen
+_CROSS_ENTROPY = CrossEntropyLoss()
 
-    def tell() -> bool:
-        """Tell on_chunk of the steps since it was last told; whether the training goes on."""
-        nonlocal told
-        fresh = engine.losses[told:]
-        if on_chunk is not None and fresh:
-            losses = torch.cat(fresh)
-            told = len(engine.losses)
-            try:
-                on_chunk(engine.done, losses)
-            except StopIteration:
-                return False
-        return True
 
-    try:
-        while engine.done < steps:
-            most = steps - engine.done
-            if chunk_steps is not None:
-                most = min(most, chunk_steps - engine.done % chunk_steps)
-            with Interrupts() as interrupts:
-                engine.advance(most, interrupts)
-            due = chunk_steps is None or engine.done % chunk_steps == 0 or engine.done == steps
-            if due and not tell():
-                return
-            may_be_changed = due and on_chunk is not None and choice.parameters is not None and engine.done < steps
-            if may_be_changed and (reason := against_change(job, choice)):
-                raise RuntimeError(f"on_chunk changed what is trained, {reason}: call train_steps for the steps left")
-    except BaseException:
-        tell()
-        raise
+def make_train_step(
+    model: Model,
+    optimizer: Optimizer,
+    criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+    *,
+    lr_schedule: Any = None,
+    return_accuracy: bool = False,
+) -> TrainStep:
+    """A function that makes one step of the loop of :func:`train_steps` on a batch that the caller brings:
+
+        step = make_train_step(model, optimizer)
+        for x, y in loader:
+            loss = step(x, y)
+
+    is, to rounding,
+
+        for x, y in loader:
+            loss = criterion(model(x), y)
+            optimizer.zero_grad(); loss.backward(); optimizer.step(); lr_schedule.step()
+
+    `step(x, y)` takes inputs [N, ...] and targets [N, ...] of any N and returns the loss, [], for which nobody waits; with
+    `return_accuracy` the loss and the accuracy, []. The engines are those of `train_steps`, but for "captured", which
+    needs many steps at once; what no kernel takes "looped" makes. `step.engine` names the one of the last call. Each
+    call looks at the model, the optimizer, the criterion and the modes of PyTorch as they are then: layers may be
+    frozen, states loaded, hooks added and learning rates set in between. The parameters' gradients are None afterwards.
+    Ctrl-C, or another signal, leaves whole steps.
+
+    Raises TypeError and ValueError for arguments that make no sense, here or in the call, and IndexError for labels out
+    of range as `train_steps` does; what the loop raises in a step the call raises.
+    """
+    criterion = CrossEntropyLoss() if criterion is None else criterion
+    return TrainStep(model, optimizer, criterion, lr_schedule, return_accuracy)

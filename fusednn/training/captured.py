@@ -35,7 +35,7 @@ class Captured:
 
     def __init__(self, job: Job, parameters: list[Tensor]) -> None:
         inputs, self.batch = job.inputs, min(job.batch_size, job.epoch_rows)
-        self.job, self.parameters, self.rows, self.done = job, parameters, Rows(job), 0
+        self.job, self.parameters, self.rows, self.done = job, parameters, Rows(job), job.start_step
         self.optimizer = KernelOptimizer(job.optimizer, parameters, job.lr_schedule)
         self.losses: list[Tensor] = []
         self.accuracies: list[Tensor] = []
@@ -59,7 +59,12 @@ class Captured:
         left = most if whole else (self.job.epoch_rows - self.rows.position) // self.batch
         steps = max(1, min(most, self.pace.chunk, left))
         with torch.enable_grad():
-            if left and self.done >= UNCAPTURED and self.replay is None and self.taken is not None:
+            if (
+                left
+                and self.done - self.job.start_step >= UNCAPTURED
+                and self.replay is None
+                and self.taken is not None
+            ):
                 self.replay, self.captured = capture(self._step_of_order, self.stream), self.taken
                 self.constants = self._constants()
             self.pace.send(steps, self._run_on_stream)
@@ -133,7 +138,7 @@ class Captured:
             optimizer_step(w, *states, g.contiguous(), self.table, self.count, index, taken.rule)
         self.traces[0].index_copy_(0, self.count, loss.detach().view(1))
         if job.return_accuracy:
-            right = reference.accuracy(outputs.detach(), targets, job.criterion.ignore_index)
+            right = reference.accuracy(outputs.detach(), targets, job.criterion)
             self.traces[1].index_copy_(0, self.count, right.view(1))
         self.count += 1
 

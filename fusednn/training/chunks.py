@@ -22,17 +22,28 @@ class Chunks:
 
     def __init__(self, job: Job, net: Net, first: int) -> None:
         """`first` is how many products the first chunk may have, which nobody has timed yet."""
-        check_range(job.targets, net.sizes[2], job.criterion.ignore_index)
-        self.job, self.net, self.rows, self.done = job, net, Rows(job), 0
-        self.shape = job.inputs.shape
+        self.net = net
         self.optimizer = KernelOptimizer(job.optimizer, net, job.lr_schedule)
+        self.begin(job)
+        self.pace = Pace(job.inputs, first // products_of(job, net), MOST_STEPS)
+
+    def begin(self, job: Job) -> None:
+        """Run `job` from now on, which may have other data, and nothing else that is new."""
+        self.check_labels(job)
+        self.job, self.rows, self.done, self.shape = job, Rows(job), job.start_step, job.inputs.shape
         self.losses: list[Tensor] = []
         self.accuracies: list[Tensor] = []
-        self.pace = Pace(job.inputs, first // products_of(job, net), MOST_STEPS)
+
+    def check_labels(self, job: Job) -> None:
+        """Raise IndexError for a label out of range, where labels are looked at."""
+        check_range(job.targets, self.net.sizes[2], job.criterion.ignore_index)
 
     def advance(self, most: int, interrupts: Interrupts) -> None:
         """Launch at least one and at most `most` steps."""
-        self.pace.send(min(most, self.pace.chunk), self._launch)
+        if self.job.steps == 1:
+            self._launch(1)
+        else:
+            self.pace.send(min(most, self.pace.chunk), self._launch)
         self.optimizer.finish()
 
     def _launch(self, steps: int) -> None:
@@ -53,11 +64,13 @@ class Chunks:
         torch.autograd.graph.increment_version(self.net.parameters)
         self.losses.append(losses)
         self.accuracies.append(accuracies)
-        self.optimizer.count(steps)
         self.done += steps
 
     def train(self, order: Tensor, taken: Steps, numbers: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Make the steps of the table in `taken` on the rows of `order`; their losses and accuracies, [steps] each."""
+        """Make the steps of the table in `taken` on the rows of `order`, and count them in the optimizer.
+
+        Returns their losses and accuracies, [steps] each.
+        """
         raise NotImplementedError
 
 

@@ -1,33 +1,34 @@
-"""What train_steps is asked for."""
+"""What train_steps and make_train_step are asked for."""
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .. import dispatch, reference
 
-@dataclass(frozen=True)
-class Job:
-    """The arguments of train_steps, checked: `steps` steps in all, over epochs of `epoch_rows` rows."""
+
+class Job(NamedTuple):
+    """The arguments, checked: steps up to number `steps`, from `start_step` on, over epochs of `epoch_rows` rows."""
 
     model: Callable[[Tensor], Tensor]
     optimizer: Optimizer
     criterion: Any
+    lr_schedule: Any
+    return_accuracy: bool
     inputs: Tensor
     targets: Tensor
     batch_size: int
     steps: int
     epoch_rows: int
-    shuffle: bool
-    generator: torch.Generator | None
-    order: str
-    seed: int | None
-    lr_schedule: Any
-    return_accuracy: bool
+    start_step: int = 0
+    shuffle: bool = False
+    generator: torch.Generator | None = None
+    order: str = "torch"
+    seed: int | None = None
 
 
 def check(
@@ -39,6 +40,7 @@ def check(
     batch_size: int,
     epochs: int | None,
     steps: int | None,
+    start_step: int,
     drop_last: bool,
     shuffle: bool,
     generator: torch.Generator | None,
@@ -49,43 +51,62 @@ def check(
     return_accuracy: bool,
 ) -> Job:
     """The job, or the error for arguments that make no sense."""
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer needs a torch.optim.Optimizer, not {type(optimizer).__name__}")
-    if not callable(model) or not callable(criterion):
-        raise TypeError("model and criterion need to be modules or functions")
+    check_training(model, optimizer, criterion, lr_schedule, return_accuracy)
+    check_data(inputs, targets)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator needs a torch.Generator, not {type(generator).__name__}")
-    for name, tensor in (("inputs", inputs), ("targets", targets)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} need a torch.Tensor, not {type(tensor).__name__}")
-        if tensor.dim() == 0:
-            raise ValueError(f"{name} need a row for each example, not a 0-d tensor")
-    if len(inputs) != len(targets):
-        raise ValueError(f"inputs have {len(inputs)} rows and targets {len(targets)}")
     if (epochs is None) == (steps is None):
         raise ValueError(f"exactly one of epochs and steps is needed, not epochs={epochs} and steps={steps}")
-    batch_size = whole("batch_size", batch_size, 1)
-    rows = len(inputs) // batch_size * batch_size if drop_last else len(inputs)
-    batches = rows // batch_size if drop_last else max(1, -(-rows // batch_size))  # an empty epoch has an empty batch
+    batch_size, n = whole("batch_size", batch_size, 1), inputs.shape[0]
+    rows = n // batch_size * batch_size if drop_last else n
+    batches = reference.batches_of(rows, batch_size) if rows or not drop_last else 0
     total = whole("epochs", epochs, 0) * batches if steps is None else whole("steps", steps, 0)
     if total and not batches:
-        raise ValueError(f"{len(inputs)} rows make no batch of {batch_size}, and drop_last leaves out the ragged one")
+        raise ValueError(f"{n} rows make no batch of {batch_size}, and drop_last leaves out the ragged one")
+    if (start_step := whole("start_step", start_step, 0)) > total:
+        raise ValueError(f"start_step={start_step} is past the end of {total} steps")
     if order not in ("torch", "philox"):
         raise ValueError(f"order needs to be 'torch' or 'philox', not {order!r}")
     if order == "philox" and shuffle and (seed is None or not (seed := whole("seed", seed, 0)) < 2**64):
         raise ValueError(f"order='philox' needs a seed from 0 to 2^64 - 1, not {seed}")
     if order == "torch" and seed is not None:
         raise ValueError("a seed is for order='philox'; for order='torch' give a generator")
+    return Job(
+        model, optimizer, criterion, lr_schedule, return_accuracy, inputs, targets, batch_size, total, rows, start_step,
+        shuffle, generator, order, seed,
+    )  # fmt: skip
+
+
+def check_training(
+    model: Callable[[Tensor], Tensor], optimizer: Optimizer, criterion: Any, lr_schedule: Any, return_accuracy: bool
+) -> None:
+    """Raise the error for arguments that make no sense, of those that are the same for all batches."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer needs a torch.optim.Optimizer, not {type(optimizer).__name__}")
+    if not callable(model) or not callable(criterion):
+        raise TypeError("model and criterion need to be modules or functions")
     if isinstance(lr_schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
-        raise TypeError("lr_schedule cannot be a ReduceLROnPlateau, whose step needs a metric; use on_chunk")
+        raise TypeError("lr_schedule cannot be a ReduceLROnPlateau, whose step needs a metric; step it yourself")
     if lr_schedule is not None and not callable(getattr(lr_schedule, "step", None)):
         raise TypeError(f"lr_schedule needs a scheduler of torch.optim, not {type(lr_schedule).__name__}")
     if getattr(lr_schedule, "optimizer", optimizer) is not optimizer:
         raise ValueError("lr_schedule is the schedule of another optimizer")
-    return Job(
-        model, optimizer, criterion, inputs, targets, batch_size, total, rows,
-        shuffle, generator, order, seed, lr_schedule, return_accuracy,
-    )  # fmt: skip
+    if return_accuracy:
+        reference.check_accuracy(criterion)
+
+
+def check_data(inputs: Tensor, targets: Tensor) -> None:
+    """Raise the error for inputs and targets that are no rows of examples, or have no memory."""
+    for name, tensor in (("inputs", inputs), ("targets", targets)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} need a torch.Tensor, not {type(tensor).__name__}")
+        if not tensor.dim():
+            raise ValueError(f"{name} need a row for each example, not a 0-d tensor")
+        dense = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor._is_zerotensor()
+        if dense and (reason := dispatch.without_memory(tensor)) is not None:
+            raise RuntimeError(f"{name}: {reason}")
+    if inputs.shape[0] != targets.shape[0]:
+        raise ValueError(f"inputs have {len(inputs)} rows and targets {len(targets)}")
 
 
 def whole(name: str, value: Any, least: int) -> int:

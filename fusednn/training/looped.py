@@ -1,6 +1,7 @@
 """The engine for everything: the reference loop, of whatever the model and the criterion are made."""
 
 import time
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -17,34 +18,36 @@ CHUNK_SECONDS = 0.05
 class Looped:
     """Runs a job step by step; `losses` and `accuracies` have those of its `done` steps."""
 
-    def __init__(self, job: Job) -> None:
-        self.job, self.rows, self.done = job, Rows(job), 0
+    def __init__(self, job: Job, batches: Iterator[tuple[Tensor, Tensor]] | None = None) -> None:
+        """`batches` are those of the steps, if they are not rows of the job's data."""
+        self.job, self.done, self.batches = job, job.start_step, batches or _batches(job)
         self.losses: list[Tensor] = []
         self.accuracies: list[Tensor] = []
 
     def advance(self, most: int, interrupts: Interrupts) -> None:
         """Make at least one and at most `most` steps; Ctrl-C ends it after the step that it comes in."""
-        begin, last = time.monotonic(), self.done + most
+        begin, job = time.monotonic(), self.job
+        model, criterion, optimizer, batches = job.model, job.criterion, job.optimizer, self.batches
         with torch.enable_grad():
-            while self.done < last:
-                self._step(self.rows.take(1))
+            for _ in range(most):
+                inputs, targets = next(batches)
+                outputs = model(inputs)
+                loss = criterion(outputs, reference.as_long(targets))
+                optimizer.zero_grad()
+                loss.backward()
+                right = reference.accuracy(outputs, targets, criterion) if job.return_accuracy else None
+                optimizer.step()
+                self.losses.append(loss.detach())
+                if right is not None:
+                    self.accuracies.append(right)
+                self.done += 1
+                if job.lr_schedule is not None:  # last: what it may raise comes after a whole step
+                    job.lr_schedule.step()
                 if interrupts.pending or time.monotonic() - begin > CHUNK_SECONDS:
                     return
 
-    def _step(self, rows: Tensor) -> None:
-        job = self.job
-        targets = job.targets[rows]
-        outputs = job.model(job.inputs[rows])
-        loss = job.criterion(outputs, reference.as_long(targets))
-        job.optimizer.zero_grad()
-        loss.backward()
-        if job.return_accuracy:
-            ignored = getattr(job.criterion, "ignore_index", -100)
-            right = reference.accuracy(outputs.detach(), targets, ignored).reshape(1)
-        job.optimizer.step()
-        self.losses.append(loss.detach().reshape(1))
-        if job.return_accuracy:
-            self.accuracies.append(right)
-        self.done += 1
-        if job.lr_schedule is not None:  # last: what it may raise comes after a whole step
-            job.lr_schedule.step()
+
+def _batches(job: Job) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets of each step."""
+    for rows in Rows(job).batches():
+        yield job.inputs[rows], job.targets[rows]

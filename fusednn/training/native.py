@@ -4,15 +4,17 @@ The C++ code gets addresses and sizes as whole numbers and checks nothing: every
 each chunk anew, since on_chunk may have put other tensors in place. It runs in this thread, without the GIL.
 """
 
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..dispatch import without_memory
 from .chunks import Chunks
 from .job import Job
 from .nets import Net
-from .optimizers import ROW, Steps
+from .optimizers import Rule, Steps
 
 _native: Any
 try:
@@ -36,57 +38,106 @@ class Native(Chunks):
     machine = next(reversed(MACHINES), "none")
 
     def __init__(self, job: Job, net: Net) -> None:
+        self.held: _Held | None = None
         super().__init__(job, net, FIRST_CHUNK)
 
+    def check_labels(self, job: Job) -> None:
+        """Raise IndexError for a label out of range."""
+        labels = job.targets.long()
+        if (reason := without_memory(labels)) is not None:
+            raise RuntimeError(f"targets: {reason}")
+        shape = self.net.sizes[2], job.criterion.ignore_index
+        if (bad := _native.bad_label(labels.data_ptr(), *labels.stride(), labels.numel(), *shape)) is not None:
+            raise IndexError(f"Target {bad} is out of bounds.")
+
     def train(self, order: Tensor, taken: Steps, numbers: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """One call."""
-        job, criterion, dtype = self.job, self.job.criterion, self.job.inputs.dtype
-        x, targets, (inputs, hidden, outputs) = job.inputs, job.targets.long(), self.net.sizes
-        steps, rows = len(taken.table), len(order)
-        losses, accuracies = x.new_empty(steps), x.new_empty(steps if job.return_accuracy else 0)
-        shapes = ((hidden, inputs), (hidden,), (outputs, hidden), (outputs,))
-        rule, groups = taken.rule, []
-        for name, group, needed in (
-            ("parameter", self.net, True),
-            ("state", taken.firsts, rule.rule != "sgd"),
-            ("state", taken.seconds, rule.rule == "adam"),
-        ):
-            if needed and any(a is None and b is not None for a, b in zip(group, self.net, strict=True)):
-                raise RuntimeError(f"a {name} is gone")
-            groups.append([_address(name, tensor, dtype, shape) for tensor, shape in zip(group, shapes, strict=True)])
+        """One call. Raises IndexError for a label out of range before the first of the steps."""
+        job, x, steps = self.job, self.job.inputs, len(taken.table)
+        targets, rule = job.targets.long(), taken.rule
         if not x.is_cpu or not targets.is_cpu:
             raise RuntimeError(f"the inputs came to {x.device}, and the targets to {targets.device}")
+        losses = x.new_empty(steps)
+        accuracies = x.new_empty(steps) if job.return_accuracy else None
+        sizes = self.net.sizes
+        fixed = self._held_of(taken, sizes)
         addresses = (
             _begin("inputs", x),
             _begin("targets", targets),
-            _address("order", order, torch.int64, (rows,)),
-            _address("class weight", criterion.weight, dtype, (outputs,)),
-            *(address for group in groups for address in group),
-            _address("table", taken.table, dtype, (steps, 4, ROW)),
+            order.data_ptr(),
+            *fixed.addresses[:13],
+            taken.table.data_ptr(),
             losses.data_ptr(),
-            accuracies.data_ptr() if job.return_accuracy else 0,
+            0 if accuracies is None else accuracies.data_ptr(),
+            *fixed.addresses[13:],
         )
-        sizes = (
+        numbers_of = (
             *x.stride(),
             *targets.stride(),
-            inputs,
-            hidden,
-            outputs,
+            *sizes,
             min(numbers["batch_size"], numbers["epoch_rows"]),
             numbers["epoch_rows"],
             numbers["position"],
             steps,
             numbers["ignore_index"],
+            fixed.double_counts,
             RULES.index(rule.rule),
             rule.coupled,
             rule.decoupled,
             rule.maximize,
-            criterion.reduction == "mean",
+            job.criterion.reduction == "mean",
         )
-        _native.train_mlp(
-            MACHINES[self.machine], dtype == torch.float64, addresses, sizes, float(numbers["label_smoothing"])
-        )
-        return losses, accuracies
+        machine, smoothing = MACHINES[self.machine], float(numbers["label_smoothing"])
+        _native.train_mlp(machine, x.dtype == torch.float64, addresses, numbers_of, smoothing)
+        return losses, losses if accuracies is None else accuracies
+
+    def _held_of(self, taken: Steps, sizes: tuple[int, int, int]) -> "_Held":
+        """Parameters, state and class weights, where they lie now."""
+        tensors = (self.job.criterion.weight, *self.net, *taken.firsts, *taken.seconds, *taken.counts)
+        if self.held is None or not self.held.holds(tensors, sizes, taken.rule):
+            self.held = _Held(tensors, sizes, taken.rule, self.job.inputs.dtype)
+        return self.held
+
+
+class _Held:
+    """Where the numbers of an engine's tensors lie; and they lie there while this is, whatever becomes of the tensors."""
+
+    def __init__(
+        self, tensors: tuple[Tensor | None, ...], sizes: tuple[int, int, int], rule: Rule, dtype: torch.dtype
+    ) -> None:
+        """`tensors` are the class weights, parameters, their first and second state, and their counts of steps.
+
+        Raises RuntimeError unless all that the rule needs are there, of the right shape, dtype and memory.
+        """
+        inputs, hidden, outputs = sizes
+        shapes: list[tuple[int, ...]] = [(outputs,), *[(hidden, inputs), (hidden,), (outputs, hidden), (outputs,)] * 3]
+        shapes += [()] * 4
+        names = ["class weight", *["parameter"] * 4, *["state"] * 8, *["count of steps"] * 4]
+        dtypes = [dtype] * 13 + [torch.float32 if count is None else count.dtype for count in tensors[13:]]
+        needed = [False, *[True] * 4, *[rule.rule != "sgd"] * 4, *[rule.rule == "adam"] * 4, *[False] * 4]
+        for place, tensor in enumerate(tensors):
+            if tensor is None and needed[place] and tensors[1 + (place - 1) % 4] is not None:
+                raise RuntimeError(f"a {names[place]} is gone")
+        self.tensors, self.sizes, self.rule = tensors, sizes, rule
+        self.there = [tensor for tensor in tensors if tensor is not None]
+        self.storages = [tensor.untyped_storage() for tensor in self.there]
+        given = zip(names, tensors, dtypes, shapes, strict=True)
+        self.addresses = [_address(name, tensor, kind, shape) for name, tensor, kind, shape in given]
+        self.double_counts = sum((kind == torch.float64) << place for place, kind in enumerate(dtypes[13:]))
+        self.memory = self._memory()
+
+    def _memory(self) -> list[list[int]]:
+        there = self.there
+        return [
+            [tensor.data_ptr() for tensor in there],
+            [tensor.numel() for tensor in there],
+            [tensor.is_contiguous() for tensor in there],
+            [storage.nbytes() for storage in self.storages],
+        ]
+
+    def holds(self, tensors: tuple[Tensor | None, ...], sizes: tuple[int, int, int], rule: Rule) -> bool:
+        """Whether it is these tensors, and they lie where they lay."""
+        same = sizes == self.sizes and rule == self.rule and all(map(operator.is_, tensors, self.tensors))
+        return same and self._memory() == self.memory
 
 
 def _address(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
@@ -101,8 +152,6 @@ def _address(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[
 
 def _begin(name: str, tensor: Tensor) -> int:
     """Where the numbers of `tensor` lie. Raises RuntimeError where it has no memory, or less than it needs."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    needed = (tensor.storage_offset() + last + 1) * tensor.itemsize
-    if tensor.numel() and (not tensor.data_ptr() or tensor.untyped_storage().nbytes() < needed):
-        raise RuntimeError(f"{name}: a tensor of {list(tensor.shape)} has no memory, or less than that")
+    if (reason := without_memory(tensor)) is not None:
+        raise RuntimeError(f"{name}: {reason}")
     return tensor.data_ptr()

@@ -47,9 +47,7 @@ def find_net(model: Any, features: Features | None = None) -> Net | str:
     of the inputs, which nn.Flatten or a view in front of the net may make a vector of.
     """
     net = _kept(_NETS, model, features, _net_of)
-    if isinstance(net, str):
-        return net
-    return against_parameters(net.parameters) or net
+    return net if isinstance(net, str) else against_memory(net.parameters) or net
 
 
 PURE: tuple[type[nn.Module], ...] = (
@@ -66,7 +64,7 @@ def find_pure(model: Any) -> list[Tensor] | str:
         return used
     if {*map(id, used)} != {*map(id, model.parameters())} or any(True for _ in model.buffers()):
         return "the model has parameters that it does not use, or buffers"
-    return against_parameters(used) or used
+    return against_memory(used) or used
 
 
 _NETS: "WeakKeyDictionary[nn.Module, Any]" = WeakKeyDictionary()
@@ -126,7 +124,8 @@ def _net_of(model: nn.Module, found: Reading, features: Features | None, facts: 
     w1, b1, w2, b2 = parameters
     assert w1 is not None
     assert w2 is not None
-    return Net(w1, b1, w2, b2)
+    net = Net(w1, b1, w2, b2)
+    return against_parameters(net.parameters, facts) or net
 
 
 def _kind(node: Node, facts: Facts) -> str:
@@ -188,7 +187,7 @@ def _pure_of(model: nn.Module, found: Reading, features: None, facts: Facts) -> 
                 return f"the model does not use what {node} computes"
     if not isinstance(found.output, Node):
         return "the model returns no tensor"
-    return list(used)
+    return against_parameters(list(used), facts) or list(used)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -196,17 +195,31 @@ def has_hooks(module: nn.Module) -> bool:
     return any(reading.hooks_of(module))
 
 
-def against_parameters(parameters: list[Tensor]) -> str | None:
-    """Why no kernel can write these."""
+def against_parameters(parameters: list[Tensor], facts: Facts) -> str | None:
+    """Why no kernel can write these, whatever memory they have."""
     for parameter in parameters:
-        if type(parameter) is not nn.Parameter or not parameter.requires_grad or parameter.is_inference():
+        if (
+            type(parameter) is not nn.Parameter
+            or not facts.attribute(parameter, "requires_grad")
+            or parameter.is_inference()
+        ):
             return "a parameter is frozen or no plain nn.Parameter"
-        if parameter.layout != torch.strided or not parameter.is_contiguous():
+        if facts.attribute(parameter, "layout") != torch.strided:
             return "a parameter is not contiguous"
-        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+        hooks = [facts.attribute(parameter, name) for name in ("_backward_hooks", "_post_accumulate_grad_hooks")]
+        if any([facts.length(some) for some in hooks if some is not None]):
             return "a parameter has hooks"
-        if parameter.dtype != parameters[0].dtype or parameter.device != parameters[0].device:
+        if facts.attribute(parameter, "dtype") != parameters[0].dtype:
             return "the parameters have several dtypes or devices"
+    return None
+
+
+def against_memory(parameters: list[Tensor]) -> str | None:
+    """Why no kernel can write these where they lie now."""
+    if not all([parameter.is_contiguous() for parameter in parameters]):
+        return "a parameter is not contiguous"
+    if len({(parameter.is_cpu, parameter.get_device()) for parameter in parameters}) > 1:
+        return "the parameters have several dtypes or devices"
     if len({parameter.data_ptr() for parameter in parameters}) < len(parameters):
         return "parameters share memory, or have none"
     return None

@@ -4,14 +4,20 @@
 else, so that training goes on in plain PyTorch at any point.
 """
 
-from collections.abc import Sequence
+import math
+from array import array
+from collections.abc import Callable, Sequence
+from itertools import chain
+from types import FunctionType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import optimizer as torch_optimizer
+
+from ..reading import GONE, Facts
 
 STEP_SIZE, DECAY, SHRINK, SIGN = range(4)
 MOMENTUM, UNDAMPED = 4, 5  # of SGD
@@ -33,13 +39,15 @@ class Steps(NamedTuple):
     """What a kernel needs of an optimizer for some steps.
 
     `table` [steps, parameters, ROW], in the parameters' dtype and on their device, has the numbers that do not depend
-    on gradients; `firsts` and `seconds` are the state of each parameter, None where there is none.
+    on gradients; `firsts` and `seconds` are the state of each parameter, and `counts` that of its steps, [], None where
+    there is none.
     """
 
     rule: Rule
     table: Tensor
     firsts: tuple[Tensor | None, ...]
     seconds: tuple[Tensor | None, ...]
+    counts: tuple[Tensor | None, ...]
 
 
 def refusal(optimizer: Optimizer, parameters: list[Tensor], schedule: Any) -> str | None:
@@ -47,61 +55,165 @@ def refusal(optimizer: Optimizer, parameters: list[Tensor], schedule: Any) -> st
     kind = type(optimizer)
     if kind not in (Adam, AdamW, SGD):
         return f"no kernel for the optimizer {kind.__module__}.{kind.__qualname__}"
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks or _global_hooks():
-        return "the optimizer has hooks"
-    if not _is_torchs(optimizer.step, {base.__module__ for base in kind.__mro__}):
+    if not _is_torchs(optimizer.step, kind):
         return "the optimizer's step was replaced"
-    if "zero_grad" in vars(optimizer) or kind.zero_grad is not _ZERO_GRAD:
-        return "the optimizer's zero_grad was replaced"
     if schedule is not None and not _only_sets_options(schedule):
         return f"no kernel for the schedule {type(schedule).__qualname__}, which may look at the parameters"
-    groups = optimizer.param_groups
-    held = [id(parameter) for group in groups for parameter in group["params"]]
-    if sorted(held) != sorted(map(id, parameters)):
+    if schedule is not None and kind is SGD and _may_cycle_momentum(schedule):
+        return "the schedule may change the momentum"
+    held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    if held != (own := [*map(id, parameters)]) and sorted(held) != sorted(own):
         return "the optimizer's parameters are not exactly the model's"
-    for option in ("amsgrad", "differentiable"):
-        if any(group.get(option) for group in groups):
-            return f"no kernel for the option {option}"
-    if parameters[0].is_cpu and any(group.get("capturable") for group in groups):
-        return "capturable on a CPU, which torch.optim does not do"
-    if any(
-        isinstance(value, Tensor) for group in groups for key, value in group.items() if key not in ("lr", "initial_lr")
-    ):
-        return "an option other than lr is a tensor"
-    if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
+    before = _KEPT.get(optimizer)
+    if before is None or before[0] != own or not before[1].hold():
+        facts = Facts()
+        _KEPT[optimizer] = before = own, facts, _against_all(optimizer, parameters, facts)
+    if before[2] is not None:
+        return before[2]
+    for group in optimizer.param_groups:  # a schedule sets it at each step
+        if type(lr := group["lr"]) is not float and (reason := _against_lr(lr)) is not None:
+            return reason
+    return None
+
+
+_KEPT: "WeakKeyDictionary[Optimizer, tuple[list[int], Facts, str | None]]" = WeakKeyDictionary()
+"""What was found to be against an optimizer, for parameters of these ids, and the facts that it rests on."""
+
+_LR = ("lr", "initial_lr", "max_lr", "min_lr")
+
+
+def _against_all(optimizer: Optimizer, parameters: list[Tensor], facts: Facts) -> str | None:
+    """What of `optimizer` no kernel stands for, but for the learning rate."""
+    hooks = (
+        optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks,
+        torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks,
+    )  # fmt: skip
+    if any([facts.length(some) for some in hooks]):
+        return "the optimizer has hooks"
+    own = vars(optimizer)
+    if facts.item(own, "zero_grad") is not GONE or facts.attribute(type(optimizer), "zero_grad") is not _ZERO_GRAD:
+        return "the optimizer's zero_grad was replaced"
+    if any([facts.item(own, name) not in (GONE, None) for name in ("grad_scale", "found_inf")]):
         return "gradients are scaled"
-    if kind is SGD:
-        if len({(group["momentum"] != 0, group["nesterov"]) for group in groups}) > 1:
-            return "groups with and without momentum, or Nesterov's"
-        if schedule is not None and _may_cycle_momentum(schedule):
-            return "the schedule may change the momentum"
-    elif len({group["decoupled_weight_decay"] for group in groups}) > 1:
+    groups, is_sgd, on_cpu = facts.item(own, "param_groups"), type(optimizer) is SGD, parameters[0].is_cpu
+    facts.length(groups)
+    for group in groups:
+        facts.length(group)
+        options = {name: facts.item(group, name) for name in group if name not in _LR}
+        if (reason := _against_options(options, is_sgd, on_cpu, facts)) is not None:
+            return reason
+    if is_sgd and len({(group["momentum"] != 0, group["nesterov"]) for group in groups}) > 1:
+        return "groups with and without momentum, or Nesterov's"
+    if not is_sgd and len({group["decoupled_weight_decay"] for group in groups}) > 1:
         return "groups with and without decoupled weight decay"
+    states = facts.item(own, "state")
     for parameter in parameters:
-        state = optimizer.state.get(parameter, {})
-        for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
-            if state.get(name) is not None and not _alike(state[name], parameter):
-                return f"the optimizer's {name} has another dtype, device or layout than its parameter"
-        complete = isinstance(state.get("step"), Tensor) and state.keys() >= {"exp_avg", "exp_avg_sq"}
-        if state and kind is not SGD and not complete:
-            return "the optimizer's state is not Adam's"
+        state = facts.item(states, parameter)
+        if state is not GONE and (reason := _against_state(state, parameter, is_sgd, facts)) is not None:
+            return reason
+    return None
+
+
+def _against_lr(lr: Any) -> str | None:
+    if isinstance(lr, Tensor):
+        return "the option lr is a tensor of several numbers" if lr.numel() != 1 or lr.is_complex() else None
+    return _against_number(lr)
+
+
+def _against_number(number: Any) -> str | None:
+    """torch.optim works with others in its own way, or raises an error."""
+    if isinstance(number, float) or (isinstance(number, int) and abs(number) < 2**53):
+        return None
+    return f"an option is {number!r}, a {type(number).__name__}, and no plain number"
+
+
+def _against_options(group: dict[str, Any], is_sgd: bool, on_cpu: bool, facts: Facts) -> str | None:
+    """Why the options of a group are the loop's, which works with them as torch.optim does, or raises its error."""
+    for option in ("amsgrad", "differentiable"):
+        if group.get(option):
+            return f"no kernel for the option {option}"
+    if on_cpu and group.get("capturable"):
+        return "capturable on a CPU, which torch.optim does not do"
+    numbers = [
+        group[name] for name in (("weight_decay", "momentum", "dampening") if is_sgd else ("weight_decay", "eps"))
+    ]
+    if not is_sgd:
+        betas = group["betas"]
+        if type(betas) not in (tuple, list) or len(betas) != 2:
+            return f"the option betas is {betas!r}"
+        if type(betas) is list:
+            facts.items.append((group, "betas", GONE))  # it may change unseen: look at it each time
+        numbers += betas
+    for number in numbers:
+        if (reason := _against_number(number)) is not None:
+            return reason
+    return None if is_sgd or all(0 <= beta < 1 for beta in betas) else f"the option betas is {betas!r}"
+
+
+def _against_state(state: dict[str, Any], parameter: Tensor, is_sgd: bool, facts: Facts) -> str | None:
+    """Why the state of a parameter is not as torch.optim leaves it, for a kernel to go on with."""
+    facts.length(state)
+    if not state:
+        return None
+    other = "the optimizer's state is not that of torch.optim"
+    for name in ("momentum_buffer",) if is_sgd else ("exp_avg", "exp_avg_sq"):
+        moment = facts.item(state, name)
+        if is_sgd and (moment is GONE or moment is None):
+            continue
+        if not isinstance(moment, Tensor):
+            return other
+        if facts.attribute(moment, "dtype") != parameter.dtype or not _alike(moment, parameter):
+            return f"the optimizer's {name} has another dtype, device or layout than its parameter"
+    if not is_sgd:
+        count = facts.item(state, "step")
+        if not isinstance(count, Tensor) or count.numel() != 1:
+            return other
+        if facts.attribute(count, "dtype") not in (torch.float32, torch.float64):
+            return other
     return None
 
 
 _ZERO_GRAD = Optimizer.zero_grad
 
 
-def _is_torchs(step: Any, modules: set[str]) -> bool:
+def zero_grad_was_replaced(optimizer: Optimizer) -> bool:
+    """Whether `optimizer` has another zero_grad than torch.optim's."""
+    return "zero_grad" in vars(optimizer) or type(optimizer).zero_grad is not _ZERO_GRAD
+
+
+def zero_grad(optimizer: Optimizer) -> None:
+    """optimizer.zero_grad(), without what torch.optim does around it for a profiler."""
+    if zero_grad_was_replaced(optimizer):
+        optimizer.zero_grad()
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
+
+
+_STEPS: "WeakKeyDictionary[Any, type]" = WeakKeyDictionary()
+"""Functions that were found to be the step of an optimizer of torch.optim, and whose."""
+
+
+def _is_torchs(step: Any, kind: type) -> bool:
     """Whether a step is that of torch.optim, in which it lies wrapped, by torch.optim itself and by its schedulers.
 
     The names and attributes of a function say nothing of that: functools.wraps copies them.
     """
+    outermost = getattr(step, "__func__", step)
+    if not isinstance(outermost, FunctionType):
+        return False
+    if _STEPS.get(outermost) is kind:
+        return True
+    modules, where = {base.__module__ for base in kind.__mro__}, None
     while step is not None:
         function = getattr(step, "__func__", step)
         where = getattr(function, "__globals__", {}).get("__name__")
         if where not in modules | {"torch.optim.optimizer", "torch.optim.lr_scheduler"}:
             return False
         step = vars(function).get("__wrapped__")
+    if where in modules:
+        _STEPS[outermost] = kind
     return where in modules
 
 
@@ -112,17 +224,8 @@ def _only_sets_options(schedule: Any) -> bool:
     return all(map(_only_sets_options, getattr(schedule, "_schedulers", ())))
 
 
-def _global_hooks() -> bool:
-    return bool(torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks)
-
-
 def _alike(state: Tensor, parameter: Tensor) -> bool:
-    return (
-        state.dtype == parameter.dtype
-        and state.device == parameter.device
-        and state.shape == parameter.shape
-        and state.is_contiguous()
-    )
+    return state.device == parameter.device and state.shape == parameter.shape and state.is_contiguous()
 
 
 def _may_cycle_momentum(schedule: Any) -> bool:
@@ -156,28 +259,28 @@ class KernelOptimizer:
         }
         history = self._advance_schedule(groups, steps)
         steps = steps if self.schedule is None else len(history)
-        made: dict[Any, Tensor] = {}
-
-        def table_of(parameter: Tensor | None) -> Tensor:
-            """The same for all parameters of a group that are as old."""
-            if parameter is None:
-                return torch.zeros(steps, ROW, dtype=torch.float64, device="cpu")
-            (g, fresh), count = found[id(parameter)], self._steps_made(parameter)
-            key = (g, fresh, float(count) if count.is_cpu else id(count))
-            if key not in made:
-                made[key] = self._table(count, [options[g] for options in history], steps, fresh)
-            return made[key]
-
-        tables = [table_of(parameter) for parameter in self.parameters]
-        model = next(parameter for parameter in self.parameters if parameter is not None)
-        device = next((table.device for table in tables if not table.is_cpu), tables[0].device)
-        table = torch.stack([_sent(table, device) for table in tables], dim=1).to(model.dtype)
-        if model.is_cuda and table.is_cpu:
-            table = table.pin_memory()
         states = [{} if parameter is None else self.optimizer.state.get(parameter, {}) for parameter in self.parameters]
-        names = ("exp_avg", "exp_avg_sq") if self.is_adam else ("momentum_buffer", "momentum_buffer")
-        firsts, seconds = (tuple(state.get(name) for state in states) for name in names)
-        return Steps(self._rule(history), table.to(model.device, non_blocking=True), firsts, seconds)
+        made: dict[Any, list[Any]] = {}
+        columns = []
+        for parameter, state in zip(self.parameters, states, strict=True):
+            if parameter is None:
+                columns.append([0.0] * ROW)
+                continue
+            g, fresh = found[id(parameter)]
+            count = state.get("step", 0.0)
+            count = float(count) if not isinstance(count, Tensor) or count.is_cpu else count
+            key = g, fresh, count if isinstance(count, float) else id(count)
+            if key not in made:  # the same for all parameters of a group that are as old
+                made[key] = self._columns(count, [options[g] for options in history], steps, fresh)
+            columns.append(made[key])
+        first, second = ("exp_avg", "exp_avg_sq") if self.is_adam else ("momentum_buffer", "momentum_buffer")
+        return Steps(
+            self._rule(history),
+            self._table(columns, steps),
+            tuple([state.get(first) for state in states]),
+            tuple([state.get(second) for state in states]),
+            tuple([state.get("step") for state in states]),
+        )
 
     def _make_state(self, parameter: Tensor, group: dict[str, Any]) -> bool:
         """Make the state of `parameter` as torch.optim does, unless it is there; whether it was not."""
@@ -210,11 +313,6 @@ class KernelOptimizer:
                 break
         return history
 
-    def _steps_made(self, parameter: Tensor) -> Tensor:
-        """How many steps `parameter` has made, where the optimizer counts them."""
-        count: Tensor = self.optimizer.state[parameter]["step"] if self.is_adam else torch.zeros((), device="cpu")
-        return count
-
     def count(self, steps: int) -> None:
         """Count so many steps in the optimizer's state: they are launched."""
         for parameter in self.parameters:
@@ -227,52 +325,103 @@ class KernelOptimizer:
         if self.error is not None:
             raise self.error
 
-    def _table(self, count: Tensor, options: list[dict[str, Any]], steps: int, fresh: bool) -> Tensor:
-        """The rows of a parameter that made `count` steps, [steps, ROW], float64, where learning rate or count lies."""
-        places = [count, *(group["lr"] for group in options if isinstance(group["lr"], Tensor))]
-        device = next((place.device for place in places if not place.is_cpu), torch.device("cpu"))
+    def _columns(self, count: float | Tensor, options: list[dict[str, Any]], steps: int, fresh: bool) -> list[Any]:
+        """The rows of the table of a parameter that made `count` steps before: ROW columns, numbers or [steps] each.
 
-        def series(values: list[Any]) -> Tensor:
-            if isinstance(values[0], Tensor):
-                return torch.stack([value.to(device, torch.float64).reshape(()) for value in values])
-            return _sent(torch.tensor(values, dtype=torch.float64, device="cpu"), device)
-
-        lr, decay = (series([group[name] for group in options]) for name in ("lr", "weight_decay"))
-        table = torch.zeros(steps, ROW, dtype=torch.float64, device=device)
-        table[:, STEP_SIZE], table[:, DECAY], table[:, SHRINK] = lr, decay, 1 - lr * decay
-        table[:, SIGN] = -1.0 if options[0]["maximize"] else 1.0
-        if self.is_adam:
-            beta1, beta2 = (series([group["betas"][i] for group in options]) for i in (0, 1))
-            t = count.to(device, torch.float64) + torch.arange(1, steps + 1, device=device)
-            table[:, STEP_SIZE] = lr / (1 - _power(beta1, t))
-            table[:, ROOT] = (1 - _power(beta2, t)).rsqrt()
-            table[:, EPS] = series([group["eps"] for group in options])
-            table[:, GRAD_PART], table[:, SQUARE_KEPT], table[:, SQUARE_PART] = 1 - beta1, beta2, 1 - beta2
+        A power is C's, as in torch.optim, and all else is rounded as IEEE 754 has it: no bit depends on how many steps
+        there are. PyTorch's vectors have powers of their own.
+        """
+        group = options[0]
+        if len(options) == 1 and type(group["lr"]) is float:
+            values: Callable[[str], Any] = group.__getitem__
         else:
-            table[:, MOMENTUM] = series([group["momentum"] for group in options])
-            table[:, UNDAMPED] = 1 - series([group["dampening"] for group in options])
+            values = lambda name: _series([group[name] for group in options])  # noqa: E731
+        lr, decay = values("lr"), values("weight_decay")
+        sign = -1.0 if group["maximize"] else 1.0
+        if not self.is_adam:
+            undamped = 1 - values("dampening")
             if fresh:  # the buffer begins as the first gradient, whatever the dampening
-                table[0, UNDAMPED] = 1.0
-        return table
+                undamped = _series([1.0, *[1 - group["dampening"] for group in (options * steps)[1:steps]]])
+            return [lr, decay, 1 - lr * decay, sign, values("momentum"), undamped, 0.0, 0.0, 0.0]
+        beta1, beta2 = group["betas"]
+        if len(options) > 1:
+            beta1, beta2 = (_series([group["betas"][i] for group in options]) for i in (0, 1))
+        place = next((v.device for v in (count, lr) if isinstance(v, Tensor) and not v.is_cpu), None)
+        if isinstance(count, Tensor):
+            t = count.double() + torch.arange(1, steps + 1, device=place)
+            power1, power2 = _at(beta1, place) ** t, _at(beta2, place) ** t
+        elif steps == 1:
+            power1, power2 = beta1 ** (count + 1), beta2 ** (count + 1)
+        else:
+            ages = [count + step for step in range(1, steps + 1)]
+            bases = [[group["betas"][i] for group in options] for i in (0, 1)]
+            power1, power2 = (_at(_series(_powers(some, ages)), place) for some in bases)
+        unbiased = 1 - power1
+        if isinstance(unbiased, Tensor) and isinstance(lr, float):
+            lr = torch.tensor(lr, dtype=torch.float64, device="cpu")  # or it becomes a product with the reciprocal
+        root, eps = 1 / _root(1 - power2), values("eps")
+        return [lr / unbiased, decay, 1 - lr * decay, sign, root, eps, 1 - beta1, beta2, 1 - beta2]
+
+    def _table(self, columns: list[list[Any]], steps: int) -> Tensor:
+        """The numbers of each parameter as a table, [steps, parameters, ROW], in its dtype and on its device."""
+        model = next(parameter for parameter in self.parameters if parameter is not None)
+        device, dtype = model.device, model.dtype
+        if steps == 1 and all(
+            [_PLAIN.issuperset(map(type, row)) for row in {id(row): row for row in columns}.values()]
+        ):
+            numbers = array("f" if dtype == torch.float32 else "d", list(chain.from_iterable(columns)))
+            table = torch.frombuffer(numbers, dtype=dtype).view(1, len(columns), ROW)
+        else:
+            values = (value for row in columns for value in row if isinstance(value, Tensor))
+            found = next((value.device for value in values if not value.is_cpu), torch.device("cpu"))
+            made: dict[int, Tensor] = {}
+            for row in columns:
+                if id(row) not in made:
+                    made[id(row)] = part = torch.zeros(steps, ROW, dtype=torch.float64, device=found)
+                    for place, value in enumerate(row):
+                        part[:, place] = _at(value, found)
+            table = torch.stack([made[id(row)] for row in columns], dim=1).to(dtype)
+        if table.is_cpu and model.is_cuda:
+            table = table.pin_memory()
+        return table.to(device, non_blocking=True)
 
     def _rule(self, history: list[list[dict[str, Any]]]) -> Rule:
         groups = [group for options in history for group in options]
-        decays = any(group["weight_decay"] != 0 for group in groups)
+        decays = any([group["weight_decay"] != 0 for group in groups])
         decoupled = self.is_adam and groups[0]["decoupled_weight_decay"]
         name = "adam" if self.is_adam else "sgd" if groups[0]["momentum"] == 0 else "momentum"
         if name == "momentum" and groups[0]["nesterov"]:
             name = "nesterov"
-        return Rule(name, decays and not decoupled, decays and decoupled, any(group["maximize"] for group in groups))
+        return Rule(name, decays and not decoupled, decays and decoupled, any([group["maximize"] for group in groups]))
 
 
-def _power(base: Tensor, exponents: Tensor) -> Tensor:
-    """base ** exponents [steps], of which no bit depends on how many they are.
+_PLAIN = {float, int, bool}
 
-    PyTorch's vectors and its code for the rest that fills none round differently: here all lie in vectors.
-    """
-    steps = len(exponents)
-    filled = -steps % 64
-    return (F.pad(base.expand(steps), (0, filled)) ** F.pad(exponents, (0, filled)))[:steps]
+
+def _powers(bases: list[float], exponents: list[float]) -> list[float]:
+    """Each of `bases`, or the one that there is, to the power of its exponent."""
+    if len(bases) > 1:
+        return [base**t for base, t in zip(bases, exponents, strict=True)]
+    base = bases[0]
+    return [base**t for t in exponents]
+
+
+def _series(values: Sequence[Any]) -> Any:
+    """Numbers, some of which may lie on a device, as a tensor, [n] float64; of one number a float, where it can be one."""
+    if isinstance(values[0], Tensor):
+        if all(value.is_cpu for value in values):
+            return _series([float(value) for value in values])
+        return torch.stack([value.double().reshape(()) for value in values])
+    return float(values[0]) if len(values) == 1 else torch.frombuffer(array("d", values), dtype=torch.float64)
+
+
+def _at(value: Any, device: torch.device | None) -> Any:
+    """A number as it is, a tensor on `device`, if one is given."""
+    return _sent(value, device) if device is not None and isinstance(value, Tensor) else value
+
+
+def _root(value: Any) -> Any:
+    return value.sqrt() if isinstance(value, Tensor) else math.sqrt(value)
 
 
 def _sent(values: Tensor, device: torch.device) -> Tensor:

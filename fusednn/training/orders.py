@@ -1,5 +1,7 @@
 """The rows of each step, epoch after epoch, as the reference loop draws them."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -10,14 +12,25 @@ from .job import Job
 class Rows:
     """Hands out the rows of a job's steps, in order, on the device of its data.
 
-    An epoch's order is drawn when its first step comes, so that the generator is left where the loop leaves it.
-    `position` says how many rows of its epoch lie before the next step.
+    An epoch's order is drawn when its first step comes, so that the generator is left where the loop leaves it; those
+    of the steps before `job.start_step` are drawn at once. `position` says how many rows of its epoch lie before the
+    next step.
     """
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.epoch = self.position = 0
         self.drawn = torch.empty(0, dtype=torch.int64)
+        if job.start_step:
+            epochs, batches = divmod(job.start_step, reference.batches_of(job.epoch_rows, job.batch_size))
+            if job.order == "philox" or not job.shuffle:
+                self.epoch = epochs
+            else:
+                for _ in range(epochs):
+                    self._draw()
+            if batches:
+                self._draw()
+                self.position = batches * job.batch_size
 
     def take(self, steps: int) -> Tensor:
         """The rows of the next `steps` steps, one after the other, [rows] int64; of one step a view."""
@@ -25,16 +38,24 @@ class Rows:
         while steps:
             if self.position == 0:
                 self._draw()
-            left = max(1, -(-(job.epoch_rows - self.position) // job.batch_size))  # an empty epoch has an empty batch
+            left = reference.batches_of(job.epoch_rows - self.position, job.batch_size)
             end = min(job.epoch_rows, self.position + min(steps, left) * job.batch_size)
             parts.append(self.drawn[self.position : end])
             self.position = end % job.epoch_rows if end else 0
             steps -= min(steps, left)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def batches(self) -> Iterator[Tensor]:
+        """The rows of each step; nothing else may be taken then."""
+        while True:
+            if self.position == 0:
+                self._draw()
+            begin, self.position = self.position, 0
+            yield from self.drawn[begin:].split(self.job.batch_size)
+
     def _draw(self) -> None:
         job = self.job
-        order = reference.draw_order(len(job.inputs), self.epoch, job.shuffle, job.generator, job.order, job.seed)
+        order = reference.draw_order(job.inputs.shape[0], self.epoch, job.shuffle, job.generator, job.order, job.seed)
         order = order[: job.epoch_rows]
         if job.inputs.is_cuda and not order.is_cuda:
             order = order.pin_memory()

@@ -1,7 +1,6 @@
 """Which engine runs a job: the one that does exactly what the reference loop does, in the fewest launches."""
 
 import math
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -84,7 +83,7 @@ def _flat(job: Job) -> Job | None:
     if inputs.dim() == 2:
         return job
     try:
-        return replace(job, inputs=inputs.view(len(inputs), math.prod(inputs.shape[1:])))
+        return job._replace(inputs=inputs.view(len(inputs), math.prod(inputs.shape[1:])))
     except RuntimeError:
         return None
 
@@ -124,7 +123,11 @@ def _captured(job: Job) -> list[Tensor] | None:
     """The parameters of the model if a step of `job` can be a CUDA graph, else None."""
     if not job.inputs.is_cuda or torch.version.hip or dispatch.checks_labels():
         return None
-    if job.steps < CAPTURED_STEPS or not job.epoch_rows or _against_criterion(job, None) is not None:
+    if (
+        0 < job.steps - job.start_step < CAPTURED_STEPS
+        or not job.epoch_rows
+        or _against_criterion(job, None) is not None
+    ):
         return None
     parameters = find_pure(job.model)
     if isinstance(parameters, str) or not parameters or parameters[0].dtype != job.inputs.dtype:

@@ -4,7 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import dispatch
 from ..kernels import mlp_training
+from ..ops.cross_entropy import check_range
 from .chunks import Chunks
 from .job import Job
 from .nets import Net
@@ -21,8 +23,10 @@ class Resident(Chunks):
         super().__init__(job, net, 0 if job.inputs.is_cpu else FIRST_CHUNK)
 
     def train(self, order: Tensor, taken: Steps, numbers: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """One launch."""
+        """One launch. Raises IndexError before it where the labels of its rows are looked at, and one is out of range."""
         job, criterion = self.job, self.job.criterion
+        if self.losses and (job.targets.is_cpu or dispatch.checks_labels()):  # on_chunk may have changed them
+            check_range(job.targets[order], self.net.sizes[2], criterion.ignore_index)
         options = mlp_training.Options(
             mean=criterion.reduction == "mean",
             weighted=criterion.weight is not None,
@@ -30,7 +34,7 @@ class Resident(Chunks):
             accuracy=job.return_accuracy,
             **taken.rule._asdict(),
         )
-        return mlp_training.train_mlp(
+        traces = mlp_training.train_mlp(
             job.inputs,
             job.targets,
             order,
@@ -42,3 +46,5 @@ class Resident(Chunks):
             options,
             **numbers,
         )
+        self.optimizer.count(len(taken.table))
+        return traces

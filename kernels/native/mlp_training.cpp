@@ -23,6 +23,7 @@
 #include <new>
 
 #include "adam.h"
+#include "facts.h"
 #include "products.h"
 
 namespace {
@@ -40,7 +41,8 @@ struct Job {
     T *firsts[PARAMETERS], *seconds[PARAMETERS];  // the state of each, as far as the rule has one
     const T *table;          // [steps, PARAMETERS, ROW]
     T *losses, *accuracies;  // [steps]; the second or none
-    Int stride_xm, stride_xi, stride_t, I, H, O, batch, epoch_rows, position, steps, ignore_index;
+    void *counts[PARAMETERS];  // of the steps that the optimizer made on each, or none; double where the bit of it is set
+    Int stride_xm, stride_xi, stride_t, I, H, O, batch, epoch_rows, position, steps, ignore_index, double_counts;
     Kind kind;
     bool mean;
     double smoothing;
@@ -219,6 +221,39 @@ INLINE void mlp_training(const Job<T> &job) {
     }
 }
 
+bool is_bad(Int label, Int classes, Int ignore_index) {
+    return (label < 0 || label >= classes) && label != ignore_index;
+}
+
+// The first label of a step that is none of a class, in `bad`.
+template <class T>
+bool finds_bad_label(const Job<T> &job, Int &bad) {
+    const Int *rows = job.order;
+    Int position = job.position;
+    for (Int step = 0; step < job.steps; ++step) {
+        const Int size = std::min(job.batch, job.epoch_rows - position);
+        for (Int b = 0; b < size; ++b) {
+            bad = job.targets[rows[b] * job.stride_t];
+            if (is_bad(bad, job.O, job.ignore_index)) return true;
+        }
+        rows += size;
+        position = position + size >= job.epoch_rows ? 0 : position + size;
+    }
+    return false;
+}
+
+// Count the steps where the optimizer does.
+template <class T>
+void count_steps(const Job<T> &job) {
+    for (int p = 0; p < PARAMETERS; ++p) {
+        if (!job.counts[p]) continue;
+        if (job.double_counts >> p & 1)
+            *static_cast<double *>(job.counts[p]) += double(job.steps);
+        else
+            *static_cast<float *>(job.counts[p]) += float(job.steps);
+    }
+}
+
 // The same for each kind of machine. Flatten puts all of it into one function, compiled for that kind.
 template <class T>
 void train_plain(const Job<T> &job) {
@@ -285,18 +320,23 @@ PyObject *run(Int machine, const Int *p, const Int *n, double smoothing) {
         {at<T>(p[8]), at<T>(p[9]), at<T>(p[10]), at<T>(p[11])},
         {at<T>(p[12]), at<T>(p[13]), at<T>(p[14]), at<T>(p[15])},
         at<T>(p[16]), at<T>(p[17]), at<T>(p[18]),
-        n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10],
-        {n[11], n[12] != 0, n[13] != 0, n[14] != 0}, n[15] != 0, smoothing,
+        {at<void>(p[19]), at<void>(p[20]), at<void>(p[21]), at<void>(p[22])},
+        n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11],
+        {n[12], n[13] != 0, n[14] != 0, n[15] != 0}, n[16] != 0, smoothing,
     };
-    bool done = true;
+    bool has_memory = true, is_bad = false;
+    Int bad = 0;
     Py_BEGIN_ALLOW_THREADS
-    try {
-        train_on(machine, job);
-    } catch (const std::bad_alloc &) {  // before the first step
-        done = false;
-    }
+    is_bad = finds_bad_label(job, bad);
+    if (!is_bad) try {
+            train_on(machine, job);
+            count_steps(job);
+        } catch (const std::bad_alloc &) {  // before the first step
+            has_memory = false;
+        }
     Py_END_ALLOW_THREADS
-    if (!done) return PyErr_NoMemory();
+    if (is_bad) return PyErr_Format(PyExc_IndexError, "Target %lld is out of bounds.", static_cast<long long>(bad));
+    if (!has_memory) return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
 
@@ -304,11 +344,22 @@ PyObject *train_mlp(PyObject *, PyObject *args) {
     PyObject *addresses, *numbers;
     int machine, is_double;
     double smoothing;
-    Int p[19], n[16];
+    Int p[23], n[17];
     if (!PyArg_ParseTuple(args, "ipOOd", &machine, &is_double, &addresses, &numbers, &smoothing)) return nullptr;
-    if (!read(addresses, p, 19) || !read(numbers, n, 16)) return nullptr;
+    if (!read(addresses, p, 23) || !read(numbers, n, 17)) return nullptr;
     if (!runs_on(machine)) return PyErr_Format(PyExc_ValueError, "machine %d is another one than this", machine);
     return is_double ? run<double>(machine, p, n, smoothing) : run<float>(machine, p, n, smoothing);
+}
+
+// The first of `size` labels that is none of a class, or None.
+PyObject *bad_label(PyObject *, PyObject *args) {
+    Int address, stride, size, classes, ignore_index;
+    if (!PyArg_ParseTuple(args, "LLLLL", &address, &stride, &size, &classes, &ignore_index)) return nullptr;
+    for (Int i = 0; i < size; ++i) {
+        const Int label = at<Int>(address)[i * stride];
+        if (is_bad(label, classes, ignore_index)) return PyLong_FromLongLong(label);
+    }
+    Py_RETURN_NONE;
 }
 
 PyObject *machines(PyObject *, PyObject *) {
@@ -325,6 +376,9 @@ PyObject *machines(PyObject *, PyObject *) {
 PyMethodDef methods[] = {
     {"train_mlp", train_mlp, METH_VARARGS,
      "train_mlp(machine, is_double, addresses, numbers, smoothing): the members of Job, in their order."},
+    {"bad_label", bad_label, METH_VARARGS,
+     "bad_label(address, stride, size, classes, ignore_index): the first of the int64 labels out of range, or None."},
+    {"hold", hold, METH_VARARGS, "hold(items, attributes, lengths, gone): fusednn/reading.py's Facts.hold."},
     {"machines", machines, METH_NOARGS, "The kinds of machine that this one is, and their numbers; the last is the best."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -1,0 +1,131 @@
+"""Runs the engine that was chosen: in chunks of steps, or a step a call."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .. import dispatch
+from .interrupts import Interrupts
+from .job import Job, check_data, check_training
+from .looped import Looped
+from .native import Native
+from .optimizers import zero_grad
+from .plan import Choice, against_change, choose
+
+OnChunk = Callable[[int, Tensor], object]
+
+
+def run(job: Job, on_chunk: OnChunk | None, chunk_steps: int | None) -> tuple[Tensor, Tensor]:
+    """The losses and accuracies of the steps of `job`, which are made; on_chunk is told of them."""
+    choice = choose(job)
+    dispatch.note(dispatch.Decision("train_steps", choice.engine, choice.reason))
+    engine = _start(choice)
+    try:
+        _advance(engine, job, choice, on_chunk, chunk_steps)
+    finally:
+        if engine.done > job.start_step:
+            zero_grad(job.optimizer)
+    losses, accuracies = (
+        _joined(trace) if trace else job.inputs.new_empty(0) for trace in (engine.losses, engine.accuracies)
+    )
+    return losses, accuracies
+
+
+def _start(choice: Choice) -> Any:
+    """The engine, with what it is given."""
+    job = choice.job
+    if choice.engine == "native":
+        assert choice.net is not None
+        return Native(job, choice.net)
+    if choice.net is not None:
+        from .resident import Resident  # imports Triton, as does captured
+
+        return Resident(job, choice.net)
+    if choice.captured is not None:
+        from .captured import Captured
+
+        return Captured(job, choice.captured)
+    return Looped(job)
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    """Losses of one step each, [], or of several, as one tensor."""
+    return torch.cat(pieces) if pieces[0].dim() else torch.stack(pieces)
+
+
+def _advance(engine: Any, job: Job, choice: Choice, on_chunk: OnChunk | None, chunk_steps: int | None) -> None:
+    """Let `engine` make the steps of `job`, and tell `on_chunk` of them, also of those before an error."""
+    steps = job.steps
+    told = 0  # how many of the engine's pieces of losses on_chunk has seen
+
+    def tell() -> bool:
+        """Tell on_chunk of the steps since it was last told; whether the training goes on."""
+        nonlocal told
+        fresh = engine.losses[told:]
+        if on_chunk is not None and fresh:
+            losses = _joined(fresh)
+            told = len(engine.losses)
+            try:
+                on_chunk(engine.done, losses)
+            except StopIteration:
+                return False
+        return True
+
+    try:
+        while engine.done < steps:
+            most = steps - engine.done
+            if chunk_steps is not None:
+                most = min(most, chunk_steps - engine.done % chunk_steps)
+            with Interrupts() as interrupts:
+                engine.advance(most, interrupts)
+            due = chunk_steps is None or engine.done % chunk_steps == 0 or engine.done == steps
+            if due and not tell():
+                return
+            may_be_changed = due and on_chunk is not None and choice.parameters is not None and engine.done < steps
+            if may_be_changed and (reason := against_change(job, choice)):
+                raise RuntimeError(f"on_chunk changed what is trained, {reason}: call train_steps for the steps left")
+    except BaseException:
+        tell()
+        raise
+
+
+class TrainStep:
+    """`step(x, y)`: what :func:`fusednn.make_train_step` returns."""
+
+    def __init__(
+        self, model: Callable[[Tensor], Tensor], optimizer: Optimizer, criterion: Any, lr_schedule: Any,
+        return_accuracy: bool,
+    ) -> None:  # fmt: skip
+        check_training(model, optimizer, criterion, lr_schedule, return_accuracy)
+        self._training = model, optimizer, criterion, lr_schedule, return_accuracy
+        self._engine: Any = None
+        self.engine: str | None = None
+        """Who made the last step; None before the first."""
+
+    def __call__(self, inputs: Tensor, targets: Tensor) -> Any:
+        """Make a step on inputs and targets [N, ...]; returns its loss, [], or its loss and accuracy."""
+        check_data(inputs, targets)
+        rows = inputs.shape[0]
+        job = Job(*self._training, inputs, targets, max(1, rows), 1, rows)
+        choice = choose(job)
+        self.engine = choice.engine
+        if dispatch.watched():
+            dispatch.note(dispatch.Decision("train_step", choice.engine, choice.reason))
+        engine = self._engine
+        if choice.engine == "looped":
+            engine = Looped(job, iter([(inputs, targets)]))
+        elif engine is None or engine.net is not choice.net:
+            self._engine = engine = _start(choice)
+        else:
+            engine.begin(choice.job)
+        try:
+            with Interrupts() as interrupts:
+                engine.advance(1, interrupts)
+        finally:
+            if engine.done:
+                zero_grad(job.optimizer)
+        loss = engine.losses[0].view(())
+        return (loss, engine.accuracies[0].view(())) if job.return_accuracy else loss

@@ -14,15 +14,18 @@ Sources are kept by code object, and one that is not that of the code that runs 
 import ast
 import builtins
 import linecache
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple, TypeGuard
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.optim import Optimizer
 
 _hold: Any
 try:
@@ -185,43 +188,63 @@ def _alike(one: CodeType, other: CodeType) -> bool:
 
 
 class Facts:
-    """What somebody looked at, so that it can be asked later whether anything of it has changed."""
+    """What somebody looked at, so that it can be asked later whether anything of it has changed.
+
+    Modules and tensors are held weakly: a reading that is kept keeps nobody's model alive.
+    """
 
     def __init__(self) -> None:
-        self.items: list[tuple[Mapping[Any, Any], Any, Any]] = []
+        self.items: list[tuple[Any, str | None, Any, Any]] = []
         self.attributes: list[tuple[Any, str, Any]] = []
-        self.lengths: list[tuple[Sized, int]] = []
+        self.lengths: list[tuple[Any, str, int]] = []
         self._noted: set[tuple[int, str]] = set()
 
-    def item(self, mapping: Mapping[Any, Any], key: Any) -> Any:
-        """mapping.get(key, GONE), noted."""
+    def item(self, owner: Any, name: str | None, key: Any) -> Any:
+        """What the mapping `owner`, or that which is its attribute `name`, has at `key`, or GONE; noted."""
+        mapping = owner if name is None else getattr(owner, name)
         value = mapping.get(key, GONE)
-        self.items.append((mapping, key, value))
+        self.items.append((_weak(owner), name, _weak(key), _weak(value)))
         return value
 
     def attribute(self, owner: Any, name: str) -> Any:
-        """The attribute of anything, or GONE, noted."""
+        """The attribute of anything, or GONE; noted."""
         value = getattr(owner, name, GONE)
         if (id(owner), name) not in self._noted:
             self._noted.add((id(owner), name))
-            self.attributes.append((owner, name, value))
+            self.attributes.append((_weak(owner), name, _weak(value)))
         return value
 
-    def length(self, collection: Sized) -> int:
-        """How much is in it, noted."""
-        self.lengths.append((collection, len(collection)))
-        return len(collection)
+    def length(self, owner: Any, name: str) -> int:
+        """How much is in the collection that is an attribute of `owner`; noted."""
+        length = len(getattr(owner, name))
+        self.lengths.append((_weak(owner), name, length))
+        return length
+
+    def never(self) -> None:
+        """What was looked at may change unseen: it never holds."""
+        self.items.append(({}, None, 0, None))
 
     def hold(self) -> bool:
         """Whether all is as it was."""
         if _hold is not None:
             held: bool = _hold(self.items, self.attributes, self.lengths, GONE)
             return held
-        return (
-            all(mapping.get(key, GONE) is value for mapping, key, value in self.items)
-            and all(getattr(owner, name, GONE) is value for owner, name, value in self.attributes)
-            and all(len(collection) == length for collection, length in self.lengths)
-        )
+        for holder, name, key, value in self.items:
+            owner = _there(holder)
+            mapping = owner if name is None else getattr(owner, name, {})
+            if mapping.get(_there(key), GONE) is not _there(value):
+                return False
+        return all(
+            getattr(_there(owner), name, GONE) is _there(value) for owner, name, value in self.attributes
+        ) and all(len(getattr(_there(owner), name, ())) == length for owner, name, length in self.lengths)
+
+
+def _weak(value: Any) -> Any:
+    return ref(value) if isinstance(value, nn.Module | Tensor | Optimizer) else value
+
+
+def _there(value: Any) -> Any:
+    return value() if isinstance(value, ref) else value
 
 
 GONE = object()
@@ -399,26 +422,26 @@ class _Reader:
         if name.id in code.co_varnames or name.id in code.co_cellvars:
             return self.refuse(frame, name)  # not assigned on this way
         function: Any = frame.function
-        value = self.item(function.__globals__, name.id)
+        value = self.item(function, "__globals__", name.id)
         if value is GONE:
-            value = self.item(vars(builtins), name.id)
+            value = self.item(builtins, "__dict__", name.id)
         return self.refuse(frame, name) if value is GONE else value
 
-    def item(self, mapping: Mapping[Any, Any], key: Any) -> Any:
-        """What `mapping` has, or GONE."""
-        return mapping.get(key, GONE)
+    def item(self, owner: Any, name: str, key: Any) -> Any:
+        """What the mapping that is the attribute `name` of `owner` has at `key`, or GONE."""
+        return getattr(owner, name).get(key, GONE)
 
     def note_cell(self, cell: CellType) -> Any:
         """What lies in a cell."""
         return cell.cell_contents
 
-    def note_length(self, collection: Sized) -> None:
-        """How much is in a collection was looked at."""
+    def note_length(self, module: nn.Module) -> None:
+        """All that `module` has was looked at."""
 
     def attribute(self, frame: _Frame, expression: ast.Attribute, owner: Any) -> Any:
         name = expression.attr
         if isinstance(owner, ModuleType):
-            value = self.item(vars(owner), name)
+            value = self.item(owner, "__dict__", name)
             return self.other(frame, expression, name, []) if value is GONE else value
         if isinstance(owner, Node):
             return Size(owner) if name == "shape" else Method(owner, name)
@@ -432,13 +455,13 @@ class _Reader:
 
     def attribute_of_module(self, frame: _Frame, expression: ast.Attribute, module: nn.Module) -> Any:
         name, kind = expression.attr, plain_class(type(module))
-        for group in (module._modules, module._parameters, module._buffers):
-            if name in group and name not in vars(module) and not hasattr(kind, name):
-                value = self.item(group, name)
+        for group in ("_modules", "_parameters", "_buffers"):
+            if name in getattr(module, group) and name not in vars(module) and not hasattr(kind, name):
+                value = self.item(module, group, name)
                 known = value is None or isinstance(value, nn.Module)
                 return value if known else self.other(frame, expression, f"{name} by itself", [])
         if name in vars(module) and not isinstance(getattr(kind, name, None), property):
-            value = self.item(vars(module), name)
+            value = self.item(module, "__dict__", name)
             if type(value) in CONSTANTS or _is_known(value):
                 return self.constant(value, f"{frame.source.tree.args.args[0].arg}.{name}")
             return self.other(frame, expression, name, [module])
@@ -446,10 +469,10 @@ class _Reader:
             if name in vars(place):
                 value = vars(place)[name]
                 if isinstance(value, FunctionType) and not place.__module__.startswith("torch."):
-                    self.item(vars(place), name)
+                    self.item(place, "__dict__", name)
                     return Method(module, (value, place))
                 if type(value) in CONSTANTS:
-                    self.item(vars(place), name)
+                    self.item(place, "__dict__", name)
                     return self.constant(value, name)
                 break
         return self.other(frame, expression, name, [module])
@@ -477,7 +500,7 @@ class _Reader:
             except IndexError:
                 return self.refuse(frame, expression)
         if type(owner) is nn.ModuleDict and type(key) is str:
-            value = self.item(owner._modules, key)
+            value = self.item(owner, "_modules", key)
             return self.refuse(frame, expression) if value is GONE else value
         return self.other(frame, expression, "getitem", [owner, key])
 
@@ -486,8 +509,8 @@ class _Reader:
         if type(owner) is tuple:
             return owner
         if type(owner) is nn.ModuleList or is_sequential(owner):
-            self.note_length(owner._modules)
-            return tuple(self.item(owner._modules, name) for name in owner._modules)
+            self.note_length(owner)
+            return tuple(self.item(owner, "_modules", name) for name in owner._modules)
         return None
 
     def sequence(self, frame: _Frame, expression: ast.expr) -> Iterator[Any]:
@@ -710,14 +733,14 @@ class _Whole(_Reader):
         super().__init__(bool)
         self.facts = facts
 
-    def item(self, mapping: Mapping[Any, Any], key: Any) -> Any:
-        return self.facts.item(mapping, key)
+    def item(self, owner: Any, name: str, key: Any) -> Any:
+        return self.facts.item(owner, name, key)
 
     def note_cell(self, cell: CellType) -> Any:
         return self.facts.attribute(cell, "cell_contents")
 
-    def note_length(self, collection: Sized) -> None:
-        self.facts.length(collection)
+    def note_length(self, module: nn.Module) -> None:
+        self.facts.length(module, "_modules")
 
     def constant(self, value: Any, name: str) -> Any:
         return value
@@ -742,13 +765,13 @@ class _Whole(_Reader):
             raise Unread(reason)
         if kind in _DROPOUTS:
             for name in ("training", "p"):
-                self.item(vars(module), name)
+                self.item(module, "__dict__", name)
         if is_transparent(module):
             return x
         inner: list[str] | None = None
         if kind is nn.Sequential:
             inner = list(module._modules)
-            self.facts.length(module._modules)
+            self.note_length(module)
         elif kind.__qualname__ == "SimpleNN" and kind.__module__ == "fusednn.modules":
             inner = ["fc1", "relu", "fc2"]
         elif not kind.__module__.startswith(_KNOWN):
@@ -756,7 +779,7 @@ class _Whole(_Reader):
         if inner is None:
             return self.add(Node("module", module, (x,), text=text))
         for name in inner:
-            child = self.item(module._modules, name)
+            child = self.item(module, "_modules", name)
             if not isinstance(child, nn.Module) or not isinstance(x, Node):
                 raise Unread(f"{kind.__name__} has no {name}, or it gets no tensor")
             self.facts.attribute(child, "__class__")
@@ -782,12 +805,12 @@ class _Whole(_Reader):
             return "the model is compiled: pass the one that torch.compile was given"
         if kind.__module__.startswith(_PARALLEL):
             return "the model is spread over devices"
-        if any([self.facts.attribute(kind, name) is not value for name, value in _CALLS]):
+        if any(self.facts.attribute(kind, name) is not value for name, value in _CALLS):
             return "the model has a __call__ of its own, or other attributes than it seems to have"
         for name in ("forward", "_compiled_call_impl", "_call_impl"):
-            if self.facts.item(vars(module), name) not in (GONE, None):
+            if self.item(module, "__dict__", name) not in (GONE, None):
                 return "a forward was replaced"
-        return "the model has hooks" if any([self.facts.length(hooks) for hooks in hooks_of(module)]) else None
+        return "the model has hooks" if any(self.facts.length(module, hooks) for hooks in HOOKS) else None
 
 
 _KNOWN = ("torch.", "fusednn.modules", "fusednn.fuse")
@@ -809,19 +832,22 @@ UNTOUCHED: list[tuple[Any, str, Any]] = [
 """What the engines take for granted, as it was when this module was imported."""
 
 
-def patched() -> str | None:
-    """Which of PyTorch's functions and classes that the engines stand for somebody has changed, or None."""
-    if _hold is not None and _hold([], UNTOUCHED, [], GONE):
-        return None
+def against_all(facts: Facts) -> str | None:
+    """Why no model is read, whatever it is: all modules have hooks, or PyTorch itself was changed."""
+    if any(facts.length(torch_module, name) for name in vars(torch_module) if _is_of_all(name)):
+        return "all modules have hooks"
     for owner, name, value in UNTOUCHED:
-        if getattr(owner, name, None) is not value:
+        if facts.attribute(owner, name) is not value:
             return f"{owner.__name__}.{name} was changed"
     return None
 
 
-def hooks_of(module: nn.Module) -> list[Mapping[Any, Any]]:
-    """Those who watch calls of `module`."""
-    return [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks]
+def _is_of_all(name: str) -> bool:
+    return name.startswith("_global_") and name.endswith("_hooks")
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where a module has those who watch its calls."""
 
 
 def is_transparent(module: nn.Module) -> bool:
@@ -844,6 +870,8 @@ def read(model: nn.Module, facts: Facts) -> Reading | str:
 
     It is read in the mode that it is in, with the grad mode on. The first node is its input.
     """
+    if (reason := against_all(facts)) is not None:
+        return reason
     reader, x = _Whole(facts), Node("input", "the input")
     reader.nodes.append(x)
     try:

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..modules import CrossEntropyLoss
-from .job import check, whole
 from .driver import TrainStep, run
+from .job import check, whole
 
 __all__ = ["TrainStep", "make_train_step", "train_steps"]
 
@@ -151,9 +151,9 @@ def make_train_step(
             loss = criterion(model(x), y)
             optimizer.zero_grad(); loss.backward(); optimizer.step(); lr_schedule.step()
 
-    `step(x, y)` takes inputs [N, ...] and targets [N, ...] of any N and returns the loss, [], for which nobody waits; with
-    `return_accuracy` the loss and the accuracy, []. The engines are those of `train_steps`, but for "captured", which
-    needs many steps at once; what no kernel takes "looped" makes. `step.engine` names the one of the last call. Each
+    `step(x, y)` takes inputs [N, ...] and targets [N, ...] of any N and returns the loss, [], for which nobody waits;
+    with `return_accuracy` the loss and the accuracy, []. The engines are those of `train_steps`, but for "captured",
+    which needs many steps at once; what no kernel takes "looped" makes. `step.engine` names the one of the last call. Each
     call looks at the model, the optimizer, the criterion and the modes of PyTorch as they are then: layers may be
     frozen, states loaded, hooks added and learning rates set in between. The parameters' gradients are None afterwards.
     Ctrl-C, or another signal, leaves whole steps.

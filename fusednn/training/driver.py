@@ -1,5 +1,6 @@
 """Runs the engine that was chosen: in chunks of steps, or a step a call."""
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -84,9 +85,14 @@ def _advance(engine: Any, job: Job, choice: Choice, on_chunk: OnChunk | None, ch
             due = chunk_steps is None or engine.done % chunk_steps == 0 or engine.done == steps
             if due and not tell():
                 return
-            may_be_changed = due and on_chunk is not None and choice.parameters is not None and engine.done < steps
-            if may_be_changed and (reason := against_change(job, choice)):
-                raise RuntimeError(f"on_chunk changed what is trained, {reason}: call train_steps for the steps left")
+            if due and on_chunk is not None and choice.parameters is not None and engine.done < steps:
+                now = choose(job)
+                if (reason := against_change(now, choice)) is not None:
+                    raise RuntimeError(
+                        f"on_chunk changed what is trained, {reason}: call train_steps for the steps left"
+                    )
+                if now.net is not None:
+                    engine.optimizer.facts = now.facts
     except BaseException:
         tell()
         raise
@@ -117,10 +123,12 @@ class TrainStep:
         engine = self._engine
         if choice.engine == "looped":
             engine = Looped(job, iter([(inputs, targets)]))
-        elif engine is None or engine.net is not choice.net:
+        elif engine is None or choice.net is None or not all(map(operator.is_, engine.net, choice.net)):
             self._engine = engine = _start(choice)
         else:
             engine.begin(choice.job)
+        if choice.net is not None:
+            engine.optimizer.facts = choice.facts
         try:
             with Interrupts() as interrupts:
                 engine.advance(1, interrupts)

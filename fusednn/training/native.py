@@ -18,7 +18,7 @@ from .optimizers import Rule, Steps
 
 _native: Any
 try:
-    from .. import _native  # type: ignore[attr-defined,no-redef]
+    from .. import _native  # type: ignore[no-redef]
 except ImportError:  # there was no compiler when fusednn was installed
     _native = None
 
@@ -99,7 +99,7 @@ class Native(Chunks):
 
 
 class _Held:
-    """Where the numbers of an engine's tensors lie; and they lie there while this is, whatever becomes of the tensors."""
+    """Where the numbers of an engine's tensors lie; and they lie there while this is, whatever becomes of those."""
 
     def __init__(
         self, tensors: tuple[Tensor | None, ...], sizes: tuple[int, int, int], rule: Rule, dtype: torch.dtype
@@ -126,13 +126,7 @@ class _Held:
         self.memory = self._memory()
 
     def _memory(self) -> list[list[int]]:
-        there = self.there
-        return [
-            [tensor.data_ptr() for tensor in there],
-            [tensor.numel() for tensor in there],
-            [tensor.is_contiguous() for tensor in there],
-            [storage.nbytes() for storage in self.storages],
-        ]
+        return [[tensor.data_ptr() for tensor in self.there], [storage.nbytes() for storage in self.storages]]
 
     def holds(self, tensors: tuple[Tensor | None, ...], sizes: tuple[int, int, int], rule: Rule) -> bool:
         """Whether it is these tensors, and they lie where they lay."""

@@ -4,11 +4,10 @@ import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from .. import reading
 from ..fuse import FusedLinear, FusedReLU
@@ -46,8 +45,14 @@ def find_net(model: Any, features: Features | None = None) -> Net | str:
     It is read in the mode that it is in: neither names nor classes of modules matter. `features` is the shape of a row
     of the inputs, which nn.Flatten or a view in front of the net may make a vector of.
     """
-    net = _kept(_NETS, model, features, _net_of)
+    net = read_net(model, features)[0]
     return net if isinstance(net, str) else against_memory(net.parameters) or net
+
+
+def read_net(model: Any, features: Features | None) -> tuple[Net | str, Facts]:
+    """The same, wherever the parameters lie, and the facts that it rests on."""
+    found, facts = _kept(_NETS, model, features, _net_of)
+    return (found if isinstance(found, str) else Net(*found)), facts
 
 
 PURE: tuple[type[nn.Module], ...] = (
@@ -59,7 +64,7 @@ PURE: tuple[type[nn.Module], ...] = (
 
 def find_pure(model: Any) -> list[Tensor] | str:
     """The parameters of `model` if it is made of such modules alone and nobody watches it; else why not."""
-    used = _kept(_PURE, model, None, _pure_of)
+    used, _ = _kept(_PURE, model, None, _pure_of)
     if isinstance(used, str):
         return used
     if {*map(id, used)} != {*map(id, model.parameters())} or any(True for _ in model.buffers()):
@@ -71,28 +76,26 @@ _NETS: "WeakKeyDictionary[nn.Module, Any]" = WeakKeyDictionary()
 _PURE: "WeakKeyDictionary[nn.Module, Any]" = WeakKeyDictionary()
 
 
-def _kept(kept: Any, model: Any, features: Features | None, find: Callable[..., Any]) -> Any:
-    """What `find` found in `model` before, if nothing has changed since that was looked at; else what it finds now."""
-    if (reason := _against_all(model)) is not None:
-        return reason
-    if (before := kept.get(model)) is not None:
-        kind, shape, facts, found = before
-        if kind is type(model) and shape == features and facts.hold():
-            return found
-    facts = Facts()
-    found = reading.read(model, facts)
-    if isinstance(found, Reading):
-        found = find(model, found, features, facts)
-    kept[model] = (type(model), features, facts, found)
-    return found
+def _kept(kept: Any, model: Any, features: Features | None, find: Callable[..., Any]) -> tuple[Any, Facts]:
+    """The tensors that `find` found in `model` before, if nothing has changed since; else those that it finds now.
 
-
-def _against_all(model: Any) -> str | None:
+    Or words for why there are none; and the facts.
+    """
     if not isinstance(model, nn.Module):
-        return "the model is not a module"
-    if _has_any_global_hook():
-        return "all modules have hooks"
-    return reading.patched()
+        facts = Facts()
+        facts.never()
+        return "the model is not a module", facts
+    before = kept.get(model)
+    if before is None or before[0] is not type(model) or before[1] != features or not before[2].hold():
+        facts = Facts()
+        found: Any = reading.read(model, facts)
+        if isinstance(found, Reading):
+            found = find(model, found, features, facts)
+        if not isinstance(found, str):
+            found = [None if tensor is None else ref(tensor) for tensor in found]
+        kept[model] = before = type(model), features, facts, found
+    _, _, facts, found = before
+    return (found if isinstance(found, str) else [tensor and tensor() for tensor in found]), facts
 
 
 def _net_of(model: nn.Module, found: Reading, features: Features | None, facts: Facts) -> Net | str:
@@ -105,7 +108,7 @@ def _net_of(model: nn.Module, found: Reading, features: Features | None, facts: 
     for node in chain[1:]:
         kind = _kind(node, facts)
         if kind.startswith("linear"):
-            weight, bias = (facts.item(node.what._parameters, name) for name in ("weight", "bias"))
+            weight, bias = (facts.item(node.what, "_parameters", name) for name in ("weight", "bias"))
             if not isinstance(weight, Tensor) or weight.dim() != 2:
                 return other
             if bias is not None and (not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]):
@@ -135,7 +138,7 @@ def _kind(node: Node, facts: Facts) -> str:
         return {"relu": "relu", "flatten": "flatten", "view": "flatten", "reshape": "flatten"}.get(kind, "other")
     module, kind = node.what, type(node.what)
     if kind is FusedLinear:
-        return "linear relu" if facts.item(vars(module), "applies_relu") is True else "linear"
+        return "linear relu" if facts.item(module, "__dict__", "applies_relu") is True else "linear"
     names: dict[type, str] = {
         nn.ReLU: "relu", FusedReLU: "relu", nn.Linear: "linear", Linear: "linear", LinearReLU: "linear relu",
         nn.Flatten: "flatten",
@@ -192,7 +195,7 @@ def _pure_of(model: nn.Module, found: Reading, features: None, facts: Facts) -> 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody watches calls of `module`."""
-    return any(reading.hooks_of(module))
+    return any(getattr(module, hooks) for hooks in reading.HOOKS)
 
 
 def against_parameters(parameters: list[Tensor], facts: Facts) -> str | None:
@@ -206,8 +209,10 @@ def against_parameters(parameters: list[Tensor], facts: Facts) -> str | None:
             return "a parameter is frozen or no plain nn.Parameter"
         if facts.attribute(parameter, "layout") != torch.strided:
             return "a parameter is not contiguous"
-        hooks = [facts.attribute(parameter, name) for name in ("_backward_hooks", "_post_accumulate_grad_hooks")]
-        if any([facts.length(some) for some in hooks if some is not None]):
+        names = [
+            n for n in ("_backward_hooks", "_post_accumulate_grad_hooks") if facts.attribute(parameter, n) is not None
+        ]
+        if any(facts.length(parameter, name) for name in names):
             return "a parameter has hooks"
         if facts.attribute(parameter, "dtype") != parameters[0].dtype:
             return "the parameters have several dtypes or devices"
@@ -216,7 +221,7 @@ def against_parameters(parameters: list[Tensor], facts: Facts) -> str | None:
 
 def against_memory(parameters: list[Tensor]) -> str | None:
     """Why no kernel can write these where they lie now."""
-    if not all([parameter.is_contiguous() for parameter in parameters]):
+    if not all(parameter.is_contiguous() for parameter in parameters):
         return "a parameter is not contiguous"
     if len({(parameter.is_cpu, parameter.get_device()) for parameter in parameters}) > 1:
         return "the parameters have several dtypes or devices"

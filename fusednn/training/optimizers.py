@@ -50,66 +50,67 @@ class Steps(NamedTuple):
     counts: tuple[Tensor | None, ...]
 
 
-def refusal(optimizer: Optimizer, parameters: list[Tensor], schedule: Any) -> str | None:
-    """Why no kernel makes the steps of `optimizer` for exactly these `parameters`, or None if one does."""
+def refusal(optimizer: Optimizer, parameters: list[Tensor], schedule: Any, facts: Facts) -> str | None:
+    """Why no kernel makes the steps of `optimizer` for exactly these `parameters`, or None if one does.
+
+    `facts` gets what that rests on, but for :func:`refusal_now`.
+    """
     kind = type(optimizer)
     if kind not in (Adam, AdamW, SGD):
         return f"no kernel for the optimizer {kind.__module__}.{kind.__qualname__}"
-    if not _is_torchs(optimizer.step, kind):
-        return "the optimizer's step was replaced"
     if schedule is not None and not _only_sets_options(schedule):
         return f"no kernel for the schedule {type(schedule).__qualname__}, which may look at the parameters"
     if schedule is not None and kind is SGD and _may_cycle_momentum(schedule):
         return "the schedule may change the momentum"
-    held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
-    if held != (own := [*map(id, parameters)]) and sorted(held) != sorted(own):
+    if sorted(_held(optimizer)) != sorted(map(id, parameters)):
         return "the optimizer's parameters are not exactly the model's"
-    before = _KEPT.get(optimizer)
-    if before is None or before[0] != own or not before[1].hold():
-        facts = Facts()
-        _KEPT[optimizer] = before = own, facts, _against_all(optimizer, parameters, facts)
-    if before[2] is not None:
-        return before[2]
-    for group in optimizer.param_groups:  # a schedule sets it at each step
-        if type(lr := group["lr"]) is not float and (reason := _against_lr(lr)) is not None:
-            return reason
-    return None
-
-
-_KEPT: "WeakKeyDictionary[Optimizer, tuple[list[int], Facts, str | None]]" = WeakKeyDictionary()
-"""What was found to be against an optimizer, for parameters of these ids, and the facts that it rests on."""
-
-_LR = ("lr", "initial_lr", "max_lr", "min_lr")
-
-
-def _against_all(optimizer: Optimizer, parameters: list[Tensor], facts: Facts) -> str | None:
-    """What of `optimizer` no kernel stands for, but for the learning rate."""
     hooks = (
-        optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks,
-        torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks,
+        (optimizer, "_optimizer_step_pre_hooks"), (optimizer, "_optimizer_step_post_hooks"),
+        (torch_optimizer, "_global_optimizer_pre_hooks"), (torch_optimizer, "_global_optimizer_post_hooks"),
     )  # fmt: skip
-    if any([facts.length(some) for some in hooks]):
+    if any(facts.length(owner, name) for owner, name in hooks):
         return "the optimizer has hooks"
-    own = vars(optimizer)
-    if facts.item(own, "zero_grad") is not GONE or facts.attribute(type(optimizer), "zero_grad") is not _ZERO_GRAD:
+    replaced = facts.item(optimizer, "__dict__", "zero_grad") is not GONE
+    if replaced or facts.attribute(kind, "zero_grad") is not _ZERO_GRAD:
         return "the optimizer's zero_grad was replaced"
-    if any([facts.item(own, name) not in (GONE, None) for name in ("grad_scale", "found_inf")]):
+    if any(facts.item(optimizer, "__dict__", name) not in (GONE, None) for name in ("grad_scale", "found_inf")):
         return "gradients are scaled"
-    groups, is_sgd, on_cpu = facts.item(own, "param_groups"), type(optimizer) is SGD, parameters[0].is_cpu
-    facts.length(groups)
+    groups, is_sgd, on_cpu = optimizer.param_groups, kind is SGD, parameters[0].is_cpu
+    facts.attribute(optimizer, "param_groups")
+    facts.length(optimizer, "param_groups")
     for group in groups:
-        facts.length(group)
-        options = {name: facts.item(group, name) for name in group if name not in _LR}
+        options = {name: facts.item(group, None, name) for name in group if name not in _LR}
         if (reason := _against_options(options, is_sgd, on_cpu, facts)) is not None:
             return reason
     if is_sgd and len({(group["momentum"] != 0, group["nesterov"]) for group in groups}) > 1:
         return "groups with and without momentum, or Nesterov's"
     if not is_sgd and len({group["decoupled_weight_decay"] for group in groups}) > 1:
         return "groups with and without decoupled weight decay"
-    states = facts.item(own, "state")
+    facts.attribute(optimizer, "state")
     for parameter in parameters:
-        state = facts.item(states, parameter)
+        state = facts.item(optimizer, "state", parameter)
         if state is not GONE and (reason := _against_state(state, parameter, is_sgd, facts)) is not None:
+            return reason
+    return None
+
+
+_LR = ("lr", "initial_lr", "max_lr", "min_lr")
+
+
+def _held(optimizer: Optimizer) -> list[int]:
+    """Which parameters it has."""
+    return [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def refusal_now(optimizer: Optimizer, parameters: list[Tensor]) -> str | None:
+    """The same of what no fact says: a schedule sets the learning rate at each step, and lists change unseen."""
+    if not _is_torchs(optimizer.step, type(optimizer)):
+        return "the optimizer's step was replaced"
+    held = _held(optimizer)
+    if held != (own := [*map(id, parameters)]) and sorted(held) != sorted(own):
+        return "the optimizer's parameters are not exactly the model's"
+    for group in optimizer.param_groups:
+        if type(lr := group["lr"]) is not float and (reason := _against_lr(lr)) is not None:
             return reason
     return None
 
@@ -142,7 +143,7 @@ def _against_options(group: dict[str, Any], is_sgd: bool, on_cpu: bool, facts: F
         if type(betas) not in (tuple, list) or len(betas) != 2:
             return f"the option betas is {betas!r}"
         if type(betas) is list:
-            facts.items.append((group, "betas", GONE))  # it may change unseen: look at it each time
+            facts.never()
         numbers += betas
     for number in numbers:
         if (reason := _against_number(number)) is not None:
@@ -152,12 +153,12 @@ def _against_options(group: dict[str, Any], is_sgd: bool, on_cpu: bool, facts: F
 
 def _against_state(state: dict[str, Any], parameter: Tensor, is_sgd: bool, facts: Facts) -> str | None:
     """Why the state of a parameter is not as torch.optim leaves it, for a kernel to go on with."""
-    facts.length(state)
     if not state:
+        facts.never()
         return None
     other = "the optimizer's state is not that of torch.optim"
     for name in ("momentum_buffer",) if is_sgd else ("exp_avg", "exp_avg_sq"):
-        moment = facts.item(state, name)
+        moment = facts.item(state, None, name)
         if is_sgd and (moment is GONE or moment is None):
             continue
         if not isinstance(moment, Tensor):
@@ -165,7 +166,7 @@ def _against_state(state: dict[str, Any], parameter: Tensor, is_sgd: bool, facts
         if facts.attribute(moment, "dtype") != parameter.dtype or not _alike(moment, parameter):
             return f"the optimizer's {name} has another dtype, device or layout than its parameter"
     if not is_sgd:
-        count = facts.item(state, "step")
+        count = facts.item(state, None, "step")
         if not isinstance(count, Tensor) or count.numel() != 1:
             return other
         if facts.attribute(count, "dtype") not in (torch.float32, torch.float64):
@@ -245,6 +246,9 @@ class KernelOptimizer:
         self.is_adam = not isinstance(optimizer, SGD)
         self.error: Exception | None = None
         """What the schedule raised behind the last step that was taken: to be raised again when that step is made."""
+        self.facts: Facts | None = None
+        """Those that hold now, if somebody knows: what was taken under them is looked up no more."""
+        self._kept: tuple[Facts, dict[str, Any], Steps] | None = None
 
     def take(self, steps: int) -> Steps:
         """What the next `steps` steps need. The schedule is behind them; when they are launched, `count` them.
@@ -252,6 +256,13 @@ class KernelOptimizer:
         They are fewer where the schedule raises an error, which `error` keeps. Nothing waits for a device: a learning
         rate or a step count that lies there is worked with there.
         """
+        if steps == 1 and self._kept is not None and self._kept[0] is self.facts:
+            _, group, before = self._kept
+            ages = [float(count) for count in before.counts if count is not None] or [0.0]
+            if ages.count(ages[0]) == len(ages):
+                row = self._columns(ages[0], [group], 1, False)
+                if _PLAIN.issuperset(map(type, row)):
+                    return before._replace(table=self._sent_table([row] * len(self.parameters)))
         groups = [group for group in self.optimizer.param_groups if group["params"]]
         # in torch.optim's order, in which state_dict too lists the states
         found = {
@@ -274,13 +285,19 @@ class KernelOptimizer:
                 made[key] = self._columns(count, [options[g] for options in history], steps, fresh)
             columns.append(made[key])
         first, second = ("exp_avg", "exp_avg_sq") if self.is_adam else ("momentum_buffer", "momentum_buffer")
-        return Steps(
+        taken = Steps(
             self._rule(history),
             self._table(columns, steps),
             tuple([state.get(first) for state in states]),
             tuple([state.get(second) for state in states]),
             tuple([state.get("step") for state in states]),
         )
+        self._kept = None
+        on_cpu = all(count is None or count.is_cpu for count in taken.counts)
+        if self.facts is not None and self.schedule is None and len(groups) == 1 and on_cpu:
+            if not any(fresh for _, fresh in found.values()):
+                self._kept = self.facts, groups[0], taken
+        return taken
 
     def _make_state(self, parameter: Tensor, group: dict[str, Any]) -> bool:
         """Make the state of `parameter` as torch.optim does, unless it is there; whether it was not."""
@@ -364,35 +381,37 @@ class KernelOptimizer:
 
     def _table(self, columns: list[list[Any]], steps: int) -> Tensor:
         """The numbers of each parameter as a table, [steps, parameters, ROW], in its dtype and on its device."""
-        model = next(parameter for parameter in self.parameters if parameter is not None)
-        device, dtype = model.device, model.dtype
-        if steps == 1 and all(
-            [_PLAIN.issuperset(map(type, row)) for row in {id(row): row for row in columns}.values()]
-        ):
-            numbers = array("f" if dtype == torch.float32 else "d", list(chain.from_iterable(columns)))
-            table = torch.frombuffer(numbers, dtype=dtype).view(1, len(columns), ROW)
-        else:
-            values = (value for row in columns for value in row if isinstance(value, Tensor))
-            found = next((value.device for value in values if not value.is_cpu), torch.device("cpu"))
-            made: dict[int, Tensor] = {}
-            for row in columns:
-                if id(row) not in made:
-                    made[id(row)] = part = torch.zeros(steps, ROW, dtype=torch.float64, device=found)
-                    for place, value in enumerate(row):
-                        part[:, place] = _at(value, found)
-            table = torch.stack([made[id(row)] for row in columns], dim=1).to(dtype)
-        if table.is_cpu and model.is_cuda:
-            table = table.pin_memory()
-        return table.to(device, non_blocking=True)
+        if steps == 1 and all(_PLAIN.issuperset(map(type, row)) for row in columns):
+            return self._sent_table(columns)
+        values = (value for row in columns for value in row if isinstance(value, Tensor))
+        found = next((value.device for value in values if not value.is_cpu), torch.device("cpu"))
+        made: dict[int, Tensor] = {}
+        for row in columns:
+            if id(row) not in made:
+                made[id(row)] = part = torch.zeros(steps, ROW, dtype=torch.float64, device=found)
+                for place, value in enumerate(row):
+                    part[:, place] = _at(value, found)
+        model = self._any_parameter()
+        return _sent(torch.stack([made[id(row)] for row in columns], dim=1).to(model.dtype), model.device)
+
+    def _sent_table(self, rows: list[list[float]]) -> Tensor:
+        """The same of one step."""
+        model = self._any_parameter()
+        numbers = array("f" if model.dtype == torch.float32 else "d", list(chain.from_iterable(rows)))
+        table = torch.frombuffer(numbers, dtype=model.dtype).view(1, len(rows), ROW)
+        return table if model.is_cpu else _sent(table, model.device)
+
+    def _any_parameter(self) -> Tensor:
+        return next(parameter for parameter in self.parameters if parameter is not None)
 
     def _rule(self, history: list[list[dict[str, Any]]]) -> Rule:
         groups = [group for options in history for group in options]
-        decays = any([group["weight_decay"] != 0 for group in groups])
+        decays = any(group["weight_decay"] != 0 for group in groups)
         decoupled = self.is_adam and groups[0]["decoupled_weight_decay"]
         name = "adam" if self.is_adam else "sgd" if groups[0]["momentum"] == 0 else "momentum"
         if name == "momentum" and groups[0]["nesterov"]:
             name = "nesterov"
-        return Rule(name, decays and not decoupled, decays and decoupled, any([group["maximize"] for group in groups]))
+        return Rule(name, decays and not decoupled, decays and decoupled, any(group["maximize"] for group in groups))
 
 
 _PLAIN = {float, int, bool}
@@ -407,7 +426,7 @@ def _powers(bases: list[float], exponents: list[float]) -> list[float]:
 
 
 def _series(values: Sequence[Any]) -> Any:
-    """Numbers, some of which may lie on a device, as a tensor, [n] float64; of one number a float, where it can be one."""
+    """Numbers, which may lie on a device, as a tensor, [n] float64; of one number a float, where it can be one."""
     if isinstance(values[0], Tensor):
         if all(value.is_cpu for value in values):
             return _series([float(value) for value in values])

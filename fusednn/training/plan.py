@@ -1,18 +1,22 @@
 """Which engine runs a job: the one that does exactly what the reference loop does, in the fewest launches."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.overrides import _get_current_function_mode_stack
 
 from .. import dispatch, functional, modules
+from ..reading import GONE, HOOKS, Facts
 from . import optimizers
 from .chunks import products_of
 from .job import Job
 from .native import MACHINES, Native
-from .nets import Net, find_net, find_pure, has_hooks
+from .nets import Net, against_memory, find_pure, read_net
 
 CAPTURED_STEPS = 50
 """Fewer steps are not worth the capture of a CUDA graph. Unmeasured."""
@@ -39,42 +43,101 @@ AVX-512 and on Arm."""
 
 
 class Choice(NamedTuple):
-    """The engine, "resident", "native", "captured" or "looped", and why; what it is given, which has the
-    inputs as a matrix where the model makes them one; the first two's net, a graph's parameters."""
+    """The engine, "resident", "native", "captured" or "looped", and why not one of the first two; what it is given,
+    which has the inputs as a matrix where the model makes them one; the first two's net, a graph's parameters."""
 
     engine: str
-    reason: str
+    refusal: str | None
     job: Job
     net: Net | None = None
     captured: list[Tensor] | None = None
+    facts: Facts | None = None
+    """Those about the optimizer of an engine that has a net, which hold now."""
 
     @property
     def parameters(self) -> list[Tensor] | None:
         """Those that the kernels of the engine write; None where it has none."""
         return self.captured if self.net is None else self.net.parameters
 
+    @property
+    def reason(self) -> str:
+        """Why it is this engine, and for what."""
+        if self.refusal is not None:
+            return self.refusal if self.captured is None else f"{self.refusal}; as a CUDA graph"
+        job = self.job
+        device = "Triton interpreter" if job.inputs.is_cpu else str(job.inputs.device)
+        where = Native.machine if self.engine == "native" else device
+        return f"{where}, {job.inputs.dtype}, {self.net}, batch {job.batch_size}"
+
 
 def choose(job: Job) -> Choice:
     """The engine for `job`."""
-    if (reason := _against_data(job)) is not None:
-        return Choice("looped", reason, job)
-    net, flat = find_net(job.model, None if job.inputs.dim() == 2 else tuple(job.inputs.shape[1:])), _flat(job)
-    if isinstance(net, str) or flat is None:
-        reason = net if isinstance(net, str) else "the model makes its inputs a matrix, for which they are copied"
-    else:
-        reason = _against_net(flat, net) or _against_criterion(flat, net.sizes[2])
-        reason = reason or optimizers.refusal(job.optimizer, net.parameters, job.lr_schedule)
-        where = f"{job.inputs.dtype}, {net}, batch {job.batch_size}"
-        if reason is None and on_plain_cpu(job.inputs):
-            return Choice("native", f"{Native.machine}, {where}", flat, net)
-        if reason is None and (captured := _captured_if_quicker(flat, net)) is not None:
-            reason = f"{job.inputs.device}, {where}: as a CUDA graph of many programs"
-            return Choice("captured", reason, job, captured=captured)
-        if reason is None:
-            device = "Triton interpreter" if job.inputs.is_cpu else str(job.inputs.device)
-            return Choice("resident", f"{device}, {where}", flat, net)
-    captured = _captured(job)
-    return Choice("looped", reason if captured is None else f"{reason}; as a CUDA graph", job, captured=captured)
+    if (refusal := _against_data(job)) is not None:
+        return Choice("looped", refusal, job)
+    flat = _flat(job)
+    net, facts = (_COPIED, None) if flat is None else _read(job)
+    if isinstance(net, str):
+        refusal = net
+    elif flat is not None and (refusal := _against_sizes(flat, net)) is None:
+        if on_plain_cpu(job.inputs):
+            return Choice("native", None, flat, net, facts=facts)
+        if (captured := _captured_if_quicker(flat, net)) is None:
+            return Choice("resident", None, flat, net, facts=facts)
+        refusal = f"{job.inputs.device}, {job.inputs.dtype}, {net}, batch {job.batch_size}: many programs are quicker"
+        return Choice("captured", refusal, job, captured=captured)
+    return Choice("looped", refusal, job, captured=_captured(job))
+
+
+_COPIED = "the model makes its inputs a matrix, for which they are copied"
+
+
+class _Read(NamedTuple):
+    """What was read of model, criterion and optimizer: why no kernel stands for them, and what that rests on."""
+
+    model: Any
+    criterion: Any
+    schedule: Any
+    features: tuple[int, ...]
+    dtype: torch.dtype
+    facts: tuple[Facts, Facts]
+    refusal: str | None
+
+
+_READ: "WeakKeyDictionary[Optimizer, _Read]" = WeakKeyDictionary()
+"""What was read last for an optimizer. All that may lead back to the optimizer is held weakly."""
+
+
+def _read(job: Job) -> tuple[Net | str, Facts | None]:
+    """The net that the kernels train as `job` asks, or why there is none, whatever the batch; facts of the optimizer."""
+    model, inputs, schedule = job.model, job.inputs, job.lr_schedule
+    features = tuple(inputs.shape[1:])
+    net, net_facts = read_net(model, None if len(features) == 1 else features)
+    if isinstance(net, str):
+        return net, None
+    before = _READ.get(job.optimizer)
+    if not (
+        before is not None and before.model() is model and before.criterion() is job.criterion
+        and (schedule is None if before.schedule is None else before.schedule() is schedule)
+        and before.features == features and before.dtype is inputs.dtype
+        and before.facts[0] is net_facts and before.facts[1].hold()
+    ):  # fmt: skip
+        facts = Facts()
+        refusal = _against_net(job, net) or _against_criterion(job, net.sizes[2], facts)
+        refusal = refusal or optimizers.refusal(job.optimizer, net.parameters, schedule, facts)
+        kept = None if schedule is None else _weakly(schedule)
+        before = _Read(ref(model), _weakly(job.criterion), kept, features, inputs.dtype, (net_facts, facts), refusal)
+        _READ[job.optimizer] = before
+    parameters = net.parameters
+    refusal = before.refusal or optimizers.refusal_now(job.optimizer, parameters)
+    return refusal or against_memory(parameters) or _against_device(job, net) or net, before.facts[1]
+
+
+def _weakly(value: Any) -> Callable[[], Any]:
+    """What gives `value` while it lives; nothing where it cannot be held weakly."""
+    try:
+        return ref(value)
+    except TypeError:
+        return lambda: None
 
 
 def _flat(job: Job) -> Job | None:
@@ -93,14 +156,14 @@ def on_plain_cpu(x: Tensor) -> bool:
     return x.is_cpu and not dispatch.INTERPRETED
 
 
-def against_change(job: Job, choice: Choice) -> str | None:
-    """Why the kernels of `choice` no longer do what `job` asks for, now that a user's code had its turn."""
-    now = choose(job)
-    if now.engine != choice.engine or now.parameters is None:
+def against_change(now: Choice, before: Choice) -> str | None:
+    """Why the kernels of a choice no longer do what is asked for, now that a user's code had its turn."""
+    if now.engine != before.engine or now.parameters is None:
         return now.reason
-    if now.job.inputs.shape != choice.job.inputs.shape or now.job.inputs.data_ptr() != choice.job.inputs.data_ptr():
-        return f"the inputs became {list(job.inputs.shape)}"
-    same = [*map(id, now.parameters)] == [*map(id, choice.parameters or ())]
+    shape = now.job.inputs.shape
+    if shape != before.job.inputs.shape or now.job.inputs.data_ptr() != before.job.inputs.data_ptr():
+        return f"the inputs became {list(shape)}"
+    same = [*map(id, now.parameters)] == [*map(id, before.parameters or ())]
     return None if same else "the model has other parameters"
 
 
@@ -126,15 +189,22 @@ def _captured(job: Job) -> list[Tensor] | None:
     if (
         0 < job.steps - job.start_step < CAPTURED_STEPS
         or not job.epoch_rows
-        or _against_criterion(job, None) is not None
+        or _against_criterion(job, None, Facts()) is not None
     ):
         return None
     parameters = find_pure(job.model)
     if isinstance(parameters, str) or not parameters or parameters[0].dtype != job.inputs.dtype:
         return None
-    if parameters[0].device != job.inputs.device or optimizers.refusal(job.optimizer, parameters, job.lr_schedule):
+    if parameters[0].device != job.inputs.device or _against_optimizer(job, parameters):
         return None
     return parameters
+
+
+def _against_optimizer(job: Job, parameters: list[Tensor]) -> str | None:
+    optimizer = job.optimizer
+    return optimizers.refusal(optimizer, parameters, job.lr_schedule, Facts()) or optimizers.refusal_now(
+        optimizer, parameters
+    )
 
 
 def dispatch_modes() -> int:
@@ -181,11 +251,22 @@ def _against_data(job: Job) -> str | None:
 
 
 def _against_net(job: Job, net: Net) -> str | None:
+    columns = math.prod(job.inputs.shape[1:])
+    if net.w1.dtype != job.inputs.dtype or columns != net.sizes[0]:
+        return f"the inputs are {list(job.inputs.shape)}, {job.inputs.dtype}, and the net is {net}, {net.w1.dtype}"
+    return None
+
+
+def _against_device(job: Job, net: Net) -> str | None:
+    w, x = net.w1, job.inputs
+    if w.is_cpu == x.is_cpu and w.get_device() == x.get_device():
+        return None
+    return "the parameters have another device than the inputs"
+
+
+def _against_sizes(job: Job, net: Net) -> str | None:
+    """Why no kernel takes batches of such a net, or None."""
     rows = min(job.batch_size, job.epoch_rows)
-    if net.w1.dtype != job.inputs.dtype or net.w1.device != job.inputs.device:
-        return "the parameters have another dtype or device than the inputs"
-    if job.inputs.dim() != 2 or job.inputs.shape[1] != net.sizes[0]:
-        return f"the inputs are {list(job.inputs.shape)}, and the net is {net}"
     if on_plain_cpu(job.inputs):
         if products_of(job, net) > MOST_NATIVE_PRODUCTS[torch.get_num_threads() > 1]:
             return f"{net} with batches of {rows} is so large that PyTorch's own products are quicker"
@@ -195,22 +276,30 @@ def _against_net(job: Job, net: Net) -> str | None:
     return None
 
 
-def _against_criterion(job: Job, outputs: int | None) -> str | None:
+def _against_criterion(job: Job, outputs: int | None, facts: Facts) -> str | None:
     """Why no kernel computes the loss of so many outputs, which may be unknown; or None."""
     criterion = job.criterion
-    if type(criterion) not in (nn.CrossEntropyLoss, modules.CrossEntropyLoss) or "forward" in vars(criterion):
+    if type(criterion) not in (nn.CrossEntropyLoss, modules.CrossEntropyLoss):
         return f"no training kernel for the criterion {getattr(criterion, '__name__', type(criterion).__name__)}"
-    if type(criterion.ignore_index) is not int or not -(2**63) <= criterion.ignore_index < 2**63:
-        return f"no training kernel for ignore_index {criterion.ignore_index!r}"
-    if has_hooks(criterion):
+    facts.attribute(criterion, "__class__")
+    own = {name: facts.item(criterion, "__dict__", name) for name in (*_OPTIONS, "forward", "_compiled_call_impl")}
+    if own["forward"] is not GONE or own["_compiled_call_impl"] not in (GONE, None):
+        return "the criterion's forward was replaced"
+    ignored, reduction, smoothing = (own[name] for name in _OPTIONS)
+    if type(ignored) is not int or not -(2**63) <= ignored < 2**63:
+        return f"no training kernel for ignore_index {ignored!r}"
+    if any(facts.length(criterion, hooks) for hooks in HOOKS):
         return "the criterion has hooks"
-    if criterion.reduction not in ("mean", "sum") or not 0.0 <= criterion.label_smoothing <= 1.0:
-        return f"no training kernel for reduction {criterion.reduction!r}, label_smoothing {criterion.label_smoothing}"
-    weight = criterion.weight
-    if weight is not None:
-        plain = weight.dim() == 1 and weight.is_contiguous() and not weight.requires_grad
+    if reduction not in ("mean", "sum") or not isinstance(smoothing, float | int) or not 0.0 <= smoothing <= 1.0:
+        return f"no training kernel for reduction {reduction!r}, label_smoothing {smoothing!r}"
+    weight = facts.item(criterion, "_buffers", "weight")
+    if weight is not None and weight is not GONE:
+        plain = weight.dim() == 1 and weight.is_contiguous() and not facts.attribute(weight, "requires_grad")
         if not plain or outputs not in (None, len(weight)):
             return "the class weights have another length than the outputs, gaps or a gradient"
-        if weight.dtype != job.inputs.dtype or weight.device != job.inputs.device:
+        if facts.attribute(weight, "dtype") != job.inputs.dtype or weight.device != job.inputs.device:
             return "the class weights have another dtype or device than the inputs"
     return None
+
+
+_OPTIONS = ("ignore_index", "reduction", "label_smoothing")

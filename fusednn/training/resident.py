@@ -23,7 +23,7 @@ class Resident(Chunks):
         super().__init__(job, net, 0 if job.inputs.is_cpu else FIRST_CHUNK)
 
     def train(self, order: Tensor, taken: Steps, numbers: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """One launch. Raises IndexError before it where the labels of its rows are looked at, and one is out of range."""
+        """One launch. Raises IndexError before it where labels are looked at, and one of its rows is out of range."""
         job, criterion = self.job, self.job.criterion
         if self.losses and (job.targets.is_cpu or dispatch.checks_labels()):  # on_chunk may have changed them
             check_range(job.targets[order], self.net.sizes[2], criterion.ignore_index)

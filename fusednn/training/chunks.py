@@ -22,15 +22,19 @@ class Chunks:
 
     def __init__(self, job: Job, net: Net, first: int) -> None:
         """`first` is how many products the first chunk may have, which nobody has timed yet."""
-        self.net = net
+        self.net, self.parameters = net, net.parameters
         self.optimizer = KernelOptimizer(job.optimizer, net, job.lr_schedule)
+        self.check_labels(job)
         self.begin(job)
         self.pace = Pace(job.inputs, first // products_of(job, net), MOST_STEPS)
 
-    def begin(self, job: Job) -> None:
+    def lie_where_they_lay(self) -> bool:
+        """Whether parameters and state are known to have their memory where the last steps found it."""
+        return False
+
+    def begin(self, job: Job, rows: Rows | None = None) -> None:
         """Run `job` from now on, which may have other data, and nothing else that is new."""
-        self.check_labels(job)
-        self.job, self.rows, self.done, self.shape = job, Rows(job), job.start_step, job.inputs.shape
+        self.job, self.rows, self.done, self.shape = job, rows or Rows(job), job.start_step, job.inputs.shape
         self.losses: list[Tensor] = []
         self.accuracies: list[Tensor] = []
 
@@ -61,7 +65,7 @@ class Chunks:
             "label_smoothing": criterion.label_smoothing,
         }
         losses, accuracies = self.train(order, taken, numbers)
-        torch.autograd.graph.increment_version(self.net.parameters)
+        torch.autograd.graph.increment_version(self.parameters)
         self.losses.append(losses)
         self.accuracies.append(accuracies)
         self.done += steps

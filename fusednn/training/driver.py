@@ -11,9 +11,10 @@ from torch.optim import Optimizer
 from .. import dispatch
 from .interrupts import Interrupts
 from .job import Job, check_data, check_training
-from .looped import Looped
+from .looped import Looped, step_of
 from .native import Native
 from .optimizers import zero_grad
+from .orders import All
 from .plan import Choice, against_change, choose
 
 OnChunk = Callable[[int, Tensor], object]
@@ -92,10 +93,14 @@ def _advance(engine: Any, job: Job, choice: Choice, on_chunk: OnChunk | None, ch
                         f"on_chunk changed what is trained, {reason}: call train_steps for the steps left"
                     )
                 if now.net is not None:
-                    engine.optimizer.facts = now.facts
+                    engine.optimizer.facts = now.facts[1]
     except BaseException:
         tell()
         raise
+
+
+MOST_UNREAD = 31
+"""So many steps the loop makes at most before it is looked again whether a kernel could make them."""
 
 
 class TrainStep:
@@ -107,7 +112,10 @@ class TrainStep:
     ) -> None:  # fmt: skip
         check_training(model, optimizer, criterion, lr_schedule, return_accuracy)
         self._training = model, optimizer, criterion, lr_schedule, return_accuracy
-        self._engine: Any = None
+        self._choice: Choice | None = None
+        self._kernels: Any = None
+        self._rows = All()
+        self._unread = self._wait = 0
         self.engine: str | None = None
         """Who made the last step; None before the first."""
 
@@ -116,24 +124,52 @@ class TrainStep:
         check_data(inputs, targets)
         rows = inputs.shape[0]
         job = Job(*self._training, inputs, targets, max(1, rows), 1, rows)
-        choice = choose(job)
-        self.engine = choice.engine
-        if dispatch.watched():
-            dispatch.note(dispatch.Decision("train_step", choice.engine, choice.reason))
-        engine = self._engine
-        if choice.engine == "looped":
-            engine = Looped(job, iter([(inputs, targets)]))
-        elif engine is None or choice.net is None or not all(map(operator.is_, engine.net, choice.net)):
-            self._engine = engine = _start(choice)
+        if self._wait and not dispatch.watched():
+            self._wait -= 1
+            loss, right = self._loop(job)
         else:
-            engine.begin(choice.job)
-        if choice.net is not None:
-            engine.optimizer.facts = choice.facts
+            choice = self._choice
+            if choice is None or not self._kernels.lie_where_they_lay() or not choice.is_for(job):
+                self._choice, choice = None, choose(job)
+            if dispatch.watched():
+                dispatch.note(dispatch.Decision("train_step", choice.engine, choice.reason))
+            self.engine = choice.engine
+            if choice.net is None:
+                self._unread = self._wait = min(2 * self._unread + 1, MOST_UNREAD)
+                loss, right = self._loop(job)
+            else:
+                self._unread = 0
+                loss, right = self._launch(choice, job)
+                self._choice = choice.without_data()
+        return (loss, right) if job.return_accuracy else loss
+
+    def _loop(self, job: Job) -> tuple[Tensor, Tensor | None]:
+        if torch.is_grad_enabled():
+            loss, right = step_of(job, job.inputs, job.targets)
+        else:
+            with torch.enable_grad():
+                loss, right = step_of(job, job.inputs, job.targets)
+        zero_grad(job.optimizer)
+        if job.lr_schedule is not None:
+            job.lr_schedule.step()
+        return loss, right
+
+    def _launch(self, choice: Choice, job: Job) -> tuple[Tensor, Tensor | None]:
+        engine = self._kernels
+        if engine is None or not all(map(operator.is_, engine.net, choice.net or ())):
+            self._kernels = engine = _start(choice)
+        engine.optimizer.facts = choice.facts[1]
+        job = choice.job if choice.job.inputs.shape[0] else job
+        if not engine.optimizer.has_kept():
+            engine.check_labels(job)
+        engine.begin(job, self._rows.of(job.inputs))
         try:
-            with Interrupts() as interrupts:
-                engine.advance(1, interrupts)
+            if choice.engine == "native" and job.lr_schedule is None:
+                engine.advance(1, None)  # the C++ code makes a step and counts it: nothing can come between
+            else:
+                with Interrupts() as interrupts:
+                    engine.advance(1, interrupts)
         finally:
             if engine.done:
                 zero_grad(job.optimizer)
-        loss = engine.losses[0].view(())
-        return (loss, engine.accuracies[0].view(())) if job.return_accuracy else loss
+        return engine.losses[0].view(()), engine.accuracies[0].view(()) if job.return_accuracy else None

@@ -1,7 +1,7 @@
 """The engine for everything: the reference loop, of whatever the model and the criterion are made."""
 
 import time
-from collections.abc import Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -18,36 +18,33 @@ CHUNK_SECONDS = 0.05
 class Looped:
     """Runs a job step by step; `losses` and `accuracies` have those of its `done` steps."""
 
-    def __init__(self, job: Job, batches: Iterator[tuple[Tensor, Tensor]] | None = None) -> None:
-        """`batches` are those of the steps, if they are not rows of the job's data."""
-        self.job, self.done, self.batches = job, job.start_step, batches or _batches(job)
+    def __init__(self, job: Job) -> None:
+        self.job, self.done, self.batches = job, job.start_step, Rows(job).batches()
         self.losses: list[Tensor] = []
         self.accuracies: list[Tensor] = []
 
     def advance(self, most: int, interrupts: Interrupts) -> None:
         """Make at least one and at most `most` steps; Ctrl-C ends it after the step that it comes in."""
-        begin, job = time.monotonic(), self.job
-        model, criterion, optimizer, batches = job.model, job.criterion, job.optimizer, self.batches
+        end, job = time.monotonic() + CHUNK_SECONDS, self.job
         with torch.enable_grad():
-            for _ in range(most):
-                inputs, targets = next(batches)
-                outputs = model(inputs)
-                loss = criterion(outputs, reference.as_long(targets))
-                optimizer.zero_grad()
-                loss.backward()
-                right = reference.accuracy(outputs, targets, criterion) if job.return_accuracy else None
-                optimizer.step()
-                self.losses.append(loss.detach())
+            for rows in islice(self.batches, most):
+                loss, right = step_of(job, job.inputs[rows], job.targets[rows])
+                self.losses.append(loss)
                 if right is not None:
                     self.accuracies.append(right)
                 self.done += 1
                 if job.lr_schedule is not None:  # last: what it may raise comes after a whole step
                     job.lr_schedule.step()
-                if interrupts.pending or time.monotonic() - begin > CHUNK_SECONDS:
+                if interrupts.pending or time.monotonic() > end:
                     return
 
 
-def _batches(job: Job) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets of each step."""
-    for rows in Rows(job).batches():
-        yield job.inputs[rows], job.targets[rows]
+def step_of(job: Job, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Make a step on a batch; its loss, and its accuracy if that is asked for."""
+    outputs = job.model(inputs)
+    loss = job.criterion(outputs, reference.as_long(targets))
+    job.optimizer.zero_grad()
+    loss.backward()
+    right = reference.accuracy(outputs, targets, job.criterion) if job.return_accuracy else None
+    job.optimizer.step()
+    return loss.detach(), right

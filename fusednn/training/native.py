@@ -39,6 +39,7 @@ class Native(Chunks):
 
     def __init__(self, job: Job, net: Net) -> None:
         self.held: _Held | None = None
+        self.trusts = False
         super().__init__(job, net, FIRST_CHUNK)
 
     def check_labels(self, job: Job) -> None:
@@ -90,12 +91,23 @@ class Native(Chunks):
         _native.train_mlp(machine, x.dtype == torch.float64, addresses, numbers_of, smoothing)
         return losses, losses if accuracies is None else accuracies
 
+    def lie_where_they_lay(self) -> bool:
+        """Whether parameters and state have their memory where the last steps found it: the next ones need not look."""
+        self.trusts = self.held is not None and self.held.memory == self.held.memory_now()
+        return self.trusts
+
     def _held_of(self, taken: Steps, sizes: tuple[int, int, int]) -> "_Held":
         """Parameters, state and class weights, where they lie now."""
         tensors = (self.job.criterion.weight, *self.net, *taken.firsts, *taken.seconds, *taken.counts)
-        if self.held is None or not self.held.holds(tensors, sizes, taken.rule):
-            self.held = _Held(tensors, sizes, taken.rule, self.job.inputs.dtype)
-        return self.held
+        held, trusts, self.trusts = self.held, self.trusts, False
+        if (
+            held is None
+            or not all(map(operator.is_, tensors, held.tensors))
+            or held.key != (sizes, taken.rule)
+            or not (trusts or held.memory == held.memory_now())
+        ):
+            self.held = held = _Held(tensors, sizes, taken.rule, self.job.inputs.dtype)
+        return held
 
 
 class _Held:
@@ -117,21 +129,17 @@ class _Held:
         for place, tensor in enumerate(tensors):
             if tensor is None and needed[place] and tensors[1 + (place - 1) % 4] is not None:
                 raise RuntimeError(f"a {names[place]} is gone")
-        self.tensors, self.sizes, self.rule = tensors, sizes, rule
+        self.tensors, self.key = tensors, (sizes, rule)
         self.there = [tensor for tensor in tensors if tensor is not None]
         self.storages = [tensor.untyped_storage() for tensor in self.there]
         given = zip(names, tensors, dtypes, shapes, strict=True)
         self.addresses = [_address(name, tensor, kind, shape) for name, tensor, kind, shape in given]
         self.double_counts = sum((kind == torch.float64) << place for place, kind in enumerate(dtypes[13:]))
-        self.memory = self._memory()
+        self.memory = self.memory_now()
 
-    def _memory(self) -> list[list[int]]:
-        return [[tensor.data_ptr() for tensor in self.there], [storage.nbytes() for storage in self.storages]]
-
-    def holds(self, tensors: tuple[Tensor | None, ...], sizes: tuple[int, int, int], rule: Rule) -> bool:
-        """Whether it is these tensors, and they lie where they lay."""
-        same = sizes == self.sizes and rule == self.rule and all(map(operator.is_, tensors, self.tensors))
-        return same and self._memory() == self.memory
+    def memory_now(self) -> tuple[list[int], list[int]]:
+        """Where the tensors begin, and how many bytes their storages have."""
+        return [tensor.data_ptr() for tensor in self.there], [storage.nbytes() for storage in self.storages]
 
 
 def _address(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> int:

@@ -193,11 +193,6 @@ def _pure_of(model: nn.Module, found: Reading, features: None, facts: Facts) -> 
     return against_parameters(list(used), facts) or list(used)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody watches calls of `module`."""
-    return any(getattr(module, hooks) for hooks in reading.HOOKS)
-
-
 def against_parameters(parameters: list[Tensor], facts: Facts) -> str | None:
     """Why no kernel can write these, whatever memory they have."""
     for parameter in parameters:
@@ -207,23 +202,19 @@ def against_parameters(parameters: list[Tensor], facts: Facts) -> str | None:
             or parameter.is_inference()
         ):
             return "a parameter is frozen or no plain nn.Parameter"
-        if facts.attribute(parameter, "layout") != torch.strided:
-            return "a parameter is not contiguous"
         names = [
             n for n in ("_backward_hooks", "_post_accumulate_grad_hooks") if facts.attribute(parameter, n) is not None
         ]
         if any(facts.length(parameter, name) for name in names):
             return "a parameter has hooks"
-        if facts.attribute(parameter, "dtype") != parameters[0].dtype:
-            return "the parameters have several dtypes or devices"
     return None
 
 
 def against_memory(parameters: list[Tensor]) -> str | None:
     """Why no kernel can write these where they lie now."""
-    if not all(parameter.is_contiguous() for parameter in parameters):
+    if not all(parameter.layout == torch.strided and parameter.is_contiguous() for parameter in parameters):
         return "a parameter is not contiguous"
-    if len({(parameter.is_cpu, parameter.get_device()) for parameter in parameters}) > 1:
+    if len({(parameter.dtype, parameter.device) for parameter in parameters}) > 1:
         return "the parameters have several dtypes or devices"
     if len({parameter.data_ptr() for parameter in parameters}) < len(parameters):
         return "parameters share memory, or have none"

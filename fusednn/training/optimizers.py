@@ -163,13 +163,13 @@ def _against_state(state: dict[str, Any], parameter: Tensor, is_sgd: bool, facts
             continue
         if not isinstance(moment, Tensor):
             return other
-        if facts.attribute(moment, "dtype") != parameter.dtype or not _alike(moment, parameter):
+        if not _alike(moment, parameter):
             return f"the optimizer's {name} has another dtype, device or layout than its parameter"
     if not is_sgd:
         count = facts.item(state, None, "step")
         if not isinstance(count, Tensor) or count.numel() != 1:
             return other
-        if facts.attribute(count, "dtype") not in (torch.float32, torch.float64):
+        if count.dtype not in (torch.float32, torch.float64):
             return other
     return None
 
@@ -243,12 +243,17 @@ class KernelOptimizer:
     def __init__(self, optimizer: Optimizer, parameters: Sequence[Tensor | None], schedule: Any) -> None:
         """`parameters` are the optimizer's in the order of the table, None where a place is empty."""
         self.optimizer, self.parameters, self.schedule = optimizer, parameters, schedule
+        self.model = next(parameter for parameter in parameters if parameter is not None)
         self.is_adam = not isinstance(optimizer, SGD)
         self.error: Exception | None = None
         """What the schedule raised behind the last step that was taken: to be raised again when that step is made."""
         self.facts: Facts | None = None
         """Those that hold now, if somebody knows: what was taken under them is looked up no more."""
         self._kept: tuple[Facts, dict[str, Any], Steps] | None = None
+
+    def has_kept(self) -> bool:
+        """Whether one more step needs nothing but its row of the table: no state is made, no schedule stepped."""
+        return self._kept is not None and self._kept[0] is self.facts
 
     def take(self, steps: int) -> Steps:
         """What the next `steps` steps need. The schedule is behind them; when they are launched, `count` them.
@@ -262,7 +267,7 @@ class KernelOptimizer:
             if ages.count(ages[0]) == len(ages):
                 row = self._columns(ages[0], [group], 1, False)
                 if _PLAIN.issuperset(map(type, row)):
-                    return before._replace(table=self._sent_table([row] * len(self.parameters)))
+                    return Steps(before.rule, self._sent_table(row * len(self.parameters)), *before[2:])
         groups = [group for group in self.optimizer.param_groups if group["params"]]
         # in torch.optim's order, in which state_dict too lists the states
         found = {
@@ -382,7 +387,7 @@ class KernelOptimizer:
     def _table(self, columns: list[list[Any]], steps: int) -> Tensor:
         """The numbers of each parameter as a table, [steps, parameters, ROW], in its dtype and on its device."""
         if steps == 1 and all(_PLAIN.issuperset(map(type, row)) for row in columns):
-            return self._sent_table(columns)
+            return self._sent_table(list(chain.from_iterable(columns)))
         values = (value for row in columns for value in row if isinstance(value, Tensor))
         found = next((value.device for value in values if not value.is_cpu), torch.device("cpu"))
         made: dict[int, Tensor] = {}
@@ -391,18 +396,15 @@ class KernelOptimizer:
                 made[id(row)] = part = torch.zeros(steps, ROW, dtype=torch.float64, device=found)
                 for place, value in enumerate(row):
                     part[:, place] = _at(value, found)
-        model = self._any_parameter()
+        model = self.model
         return _sent(torch.stack([made[id(row)] for row in columns], dim=1).to(model.dtype), model.device)
 
-    def _sent_table(self, rows: list[list[float]]) -> Tensor:
+    def _sent_table(self, numbers: list[float]) -> Tensor:
         """The same of one step."""
-        model = self._any_parameter()
-        numbers = array("f" if model.dtype == torch.float32 else "d", list(chain.from_iterable(rows)))
-        table = torch.frombuffer(numbers, dtype=model.dtype).view(1, len(rows), ROW)
+        model = self.model
+        values = array("f" if model.dtype == torch.float32 else "d", numbers)
+        table = torch.frombuffer(values, dtype=model.dtype).view(1, -1, ROW)
         return table if model.is_cpu else _sent(table, model.device)
-
-    def _any_parameter(self) -> Tensor:
-        return next(parameter for parameter in self.parameters if parameter is not None)
 
     def _rule(self, history: list[list[dict[str, Any]]]) -> Rule:
         groups = [group for options in history for group in options]

@@ -61,3 +61,22 @@ class Rows:
             order = order.pin_memory()
         self.drawn = order.to(job.inputs.device, non_blocking=True)
         self.epoch += 1
+
+
+class All:
+    """In the place of Rows for one step on all rows, as they come."""
+
+    position = 0
+
+    def __init__(self) -> None:
+        self.order = torch.empty(0, dtype=torch.int64)
+
+    def take(self, steps: int) -> Tensor:
+        """Their numbers, [N] int64."""
+        return self.order
+
+    def of(self, inputs: Tensor) -> "All":
+        """Those of such inputs."""
+        if self.order.shape[0] != inputs.shape[0] or self.order.device != inputs.device:
+            self.order = torch.arange(inputs.shape[0], device=inputs.device)
+        return self

@@ -51,8 +51,8 @@ class Choice(NamedTuple):
     job: Job
     net: Net | None = None
     captured: list[Tensor] | None = None
-    facts: Facts | None = None
-    """Those about the optimizer of an engine that has a net, which hold now."""
+    facts: tuple[Facts, ...] = ()
+    """What it rests on, of model, optimizer and criterion, where it has a net."""
 
     @property
     def parameters(self) -> list[Tensor] | None:
@@ -69,13 +69,34 @@ class Choice(NamedTuple):
         where = Native.machine if self.engine == "native" else device
         return f"{where}, {job.inputs.dtype}, {self.net}, batch {job.batch_size}"
 
+    def without_data(self) -> "Choice":
+        """The same, which keeps no batch alive."""
+        job = self.job
+        if not job.inputs.shape[0]:
+            return self
+        return self._replace(job=job._replace(inputs=job.inputs[:0].clone(), targets=job.targets[:0].clone()))
+
+    def is_for(self, job: Job) -> bool:
+        """Whether `choose` would choose the same for a batch that is as large at most, by what is quick to see."""
+        net, batch, before = self.net, job.inputs, self.job.inputs
+        if net is None or batch.dim() != 2 or batch.shape[1:] != before.shape[1:] or batch.dtype is not before.dtype:
+            return False
+        if job.batch_size > self.job.batch_size or batch.get_device() != before.get_device():
+            return False
+        return (
+            _against_data(job) is None
+            and self.facts[0].hold()
+            and self.facts[1].hold()
+            and optimizers.refusal_now(job.optimizer, net.parameters) is None
+        )
+
 
 def choose(job: Job) -> Choice:
     """The engine for `job`."""
     if (refusal := _against_data(job)) is not None:
         return Choice("looped", refusal, job)
     flat = _flat(job)
-    net, facts = (_COPIED, None) if flat is None else _read(job)
+    net, facts = (_COPIED, ()) if flat is None else _read(job)
     if isinstance(net, str):
         refusal = net
     elif flat is not None and (refusal := _against_sizes(flat, net)) is None:
@@ -107,13 +128,13 @@ _READ: "WeakKeyDictionary[Optimizer, _Read]" = WeakKeyDictionary()
 """What was read last for an optimizer. All that may lead back to the optimizer is held weakly."""
 
 
-def _read(job: Job) -> tuple[Net | str, Facts | None]:
-    """The net that the kernels train as `job` asks, or why there is none, whatever the batch; facts of the optimizer."""
+def _read(job: Job) -> tuple[Net | str, tuple[Facts, ...]]:
+    """The net that the kernels train as `job` asks, or why there is none, whatever the batch; and the facts of that."""
     model, inputs, schedule = job.model, job.inputs, job.lr_schedule
     features = tuple(inputs.shape[1:])
     net, net_facts = read_net(model, None if len(features) == 1 else features)
     if isinstance(net, str):
-        return net, None
+        return net, ()
     before = _READ.get(job.optimizer)
     if not (
         before is not None and before.model() is model and before.criterion() is job.criterion
@@ -129,7 +150,7 @@ def _read(job: Job) -> tuple[Net | str, Facts | None]:
         _READ[job.optimizer] = before
     parameters = net.parameters
     refusal = before.refusal or optimizers.refusal_now(job.optimizer, parameters)
-    return refusal or against_memory(parameters) or _against_device(job, net) or net, before.facts[1]
+    return refusal or against_memory(parameters) or _against_device(job, net) or net, before.facts
 
 
 def _weakly(value: Any) -> Callable[[], Any]:
@@ -218,34 +239,34 @@ def _against_data(job: Job) -> str | None:
     if on_plain_cpu(inputs):
         if not MACHINES:
             return "the native engine was not built"
-        if inputs.layout != torch.strided or inputs.is_nested or torch._C._get_tracing_state():
+        if inputs.layout is not torch.strided or inputs.is_nested or torch._C._get_tracing_state():
             return "the inputs are sparse, nested or traced"
     elif (reason := dispatch.reason_against(inputs)) is not None:
         return reason
-    if torch.is_autocast_enabled(inputs.device.type):
+    if torch.is_autocast_enabled("cpu" if inputs.is_cpu else inputs.device.type):
         return "autocast is on"
     if torch.is_inference_mode_enabled():
         return "inference mode is on"
-    modes = _get_current_function_mode_stack()  # of them a default device is harmless
-    if any(type(mode).__module__ != "torch.utils._device" for mode in modes):
-        return "a mode of __torch_function__ is on"
+    if torch._C._len_torch_function_stack():  # of those modes a default device is harmless
+        if any(type(mode).__module__ != "torch.utils._device" for mode in _get_current_function_mode_stack()):
+            return "a mode of __torch_function__ is on"
     if dispatch_modes():
         return "a mode of __torch_dispatch__ is on"
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return "hooks see the tensors that are saved for backward"
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func is on"
-    if inputs._is_zerotensor() or targets._is_zerotensor():
-        return "the inputs or targets have no memory"
-    if inputs.dtype not in (torch.float32, torch.float64):
-        return f"no training kernel for {inputs.dtype}"
-    if type(inputs) is not Tensor or inputs.requires_grad or inputs.is_neg():
-        return "the inputs are no plain tensor, want a gradient, or are a view that negates"
     if torch.is_anomaly_enabled():
         return "anomaly detection is on"
+    if type(inputs) is not Tensor or inputs.requires_grad or inputs.is_neg():
+        return "the inputs are no plain tensor, want a gradient, or are a view that negates"
+    if inputs.dtype is not torch.float32 and inputs.dtype is not torch.float64:
+        return f"no training kernel for {inputs.dtype}"
     if type(targets) is not Tensor or targets.dim() != 1 or targets.dtype not in functional.LABELS:
         return "the targets are not a vector of labels"
-    if targets.device != inputs.device:
+    if inputs._is_zerotensor() or targets._is_zerotensor():
+        return "the inputs or targets have no memory"
+    if targets.is_cpu is not inputs.is_cpu or targets.get_device() != inputs.get_device():
         return "inputs and targets are on two devices"
     return None
 

@@ -20,6 +20,12 @@ try:
 except (ImportError, ValueError):  # an import hook, or a stand-in without a spec, hides it
     HAS_TRITON = False
 
+native: Any
+try:
+    from . import _native as native  # type: ignore[attr-defined,no-redef]
+except ImportError:  # there was no compiler when fusednn was installed
+    native = None
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """What the kernels take."""
 

@@ -27,11 +27,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.optim import Optimizer
 
-_hold: Any
-try:
-    from ._native import hold as _hold  # type: ignore[import-not-found,no-redef]
-except ImportError:  # there was no compiler when fusednn was installed
-    _hold = None
+from .dispatch import native
 
 FUNCTIONS: dict[Any, str] = {
     torch.relu: "relu", torch.relu_: "relu_", F.relu: "relu", F.relu_: "relu_",
@@ -198,6 +194,7 @@ class Facts:
         self.attributes: list[tuple[Any, str, Any]] = []
         self.lengths: list[tuple[Any, str, int]] = []
         self._noted: set[tuple[int, str]] = set()
+        self._packed: Any = None
 
     def item(self, owner: Any, name: str | None, key: Any) -> Any:
         """What the mapping `owner`, or that which is its attribute `name`, has at `key`, or GONE; noted."""
@@ -226,8 +223,10 @@ class Facts:
 
     def hold(self) -> bool:
         """Whether all is as it was."""
-        if _hold is not None:
-            held: bool = _hold(self.items, self.attributes, self.lengths, GONE)
+        if native is not None:
+            if self._packed is None:
+                self._packed = native.facts(self.items, self.attributes, self.lengths, GONE)
+            held: bool = native.hold(self._packed)
             return held
         for holder, name, key, value in self.items:
             owner = _there(holder)

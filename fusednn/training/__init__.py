@@ -153,10 +153,11 @@ def make_train_step(
 
     `step(x, y)` takes inputs [N, ...] and targets [N, ...] of any N and returns the loss, [], for which nobody waits;
     with `return_accuracy` the loss and the accuracy, []. The engines are those of `train_steps`, but for "captured",
-    which needs many steps at once; what no kernel takes "looped" makes. `step.engine` names the one of the last call. Each
-    call looks at the model, the optimizer, the criterion and the modes of PyTorch as they are then: layers may be
-    frozen, states loaded, hooks added and learning rates set in between. The parameters' gradients are None afterwards.
-    Ctrl-C, or another signal, leaves whole steps.
+    which needs many steps at once; what no kernel takes "looped" makes. `step.engine` names the one of the last call.
+    Each call looks at the model, the optimizer, the criterion and the modes of PyTorch as they are then: layers may be
+    frozen, states loaded, hooks added and learning rates set in between. Only where the loop had to serve, which is
+    always right, it is not looked again for up to 31 calls whether a kernel could. The parameters' gradients are None
+    afterwards. Ctrl-C, or another signal, leaves whole steps where a kernel makes them.
 
     Raises TypeError and ValueError for arguments that make no sense, here or in the call, and IndexError for labels out
     of range as `train_steps` does; what the loop raises in a step the call raises.

@@ -86,7 +86,7 @@ class Captured:
 
     def _run(self, steps: int) -> None:
         self.taken = self.optimizer.take(steps)
-        steps = len(self.taken.table)
+        steps = self.taken.steps
         rows = self.rows.take(steps)
         self.table[:steps].copy_(self.taken.table)
         self.count.zero_()

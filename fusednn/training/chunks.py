@@ -35,6 +35,7 @@ class Chunks:
     def begin(self, job: Job, rows: Rows | None = None) -> None:
         """Run `job` from now on, which may have other data, and nothing else that is new."""
         self.job, self.rows, self.done, self.shape = job, rows or Rows(job), job.start_step, job.inputs.shape
+        self.has_checked = True  # the memory of the data, until somebody else has a turn
         self.losses: list[Tensor] = []
         self.accuracies: list[Tensor] = []
 
@@ -55,7 +56,7 @@ class Chunks:
         if job.inputs.shape != self.shape or len(job.targets) != self.shape[0]:  # the order would lead past their end
             raise RuntimeError(f"the inputs became {list(job.inputs.shape)}, for {len(job.targets)} targets")
         taken = self.optimizer.take(steps)
-        steps = len(taken.table)
+        steps = taken.steps
         position, order = self.rows.position, self.rows.take(steps)
         numbers = {
             "batch_size": job.batch_size,

@@ -23,7 +23,8 @@ OnChunk = Callable[[int, Tensor], object]
 def run(job: Job, on_chunk: OnChunk | None, chunk_steps: int | None) -> tuple[Tensor, Tensor]:
     """The losses and accuracies of the steps of `job`, which are made; on_chunk is told of them."""
     choice = choose(job)
-    dispatch.note(dispatch.Decision("train_steps", choice.engine, choice.reason))
+    if dispatch.watched():
+        dispatch.note(dispatch.Decision("train_steps", choice.engine, choice.reason))
     engine = _start(choice)
     try:
         _advance(engine, job, choice, on_chunk, chunk_steps)
@@ -41,20 +42,25 @@ def _start(choice: Choice) -> Any:
     job = choice.job
     if choice.engine == "native":
         assert choice.net is not None
-        return Native(job, choice.net)
-    if choice.net is not None:
+        engine: Any = Native(job, choice.net)
+    elif choice.net is not None:
         from .resident import Resident  # imports Triton, as does captured
 
-        return Resident(job, choice.net)
-    if choice.captured is not None:
+        engine = Resident(job, choice.net)
+    elif choice.captured is not None:
         from .captured import Captured
 
         return Captured(job, choice.captured)
-    return Looped(job)
+    else:
+        return Looped(job)
+    engine.optimizer.facts = choice.facts[1]
+    return engine
 
 
 def _joined(pieces: list[Tensor]) -> Tensor:
     """Losses of one step each, [], or of several, as one tensor."""
+    if len(pieces) == 1:
+        return pieces[0].reshape(-1)
     return torch.cat(pieces) if pieces[0].dim() else torch.stack(pieces)
 
 
@@ -87,16 +93,22 @@ def _advance(engine: Any, job: Job, choice: Choice, on_chunk: OnChunk | None, ch
             if due and not tell():
                 return
             if due and on_chunk is not None and choice.parameters is not None and engine.done < steps:
-                now = choose(job)
-                if (reason := against_change(now, choice)) is not None:
-                    raise RuntimeError(
-                        f"on_chunk changed what is trained, {reason}: call train_steps for the steps left"
-                    )
-                if now.net is not None:
-                    engine.optimizer.facts = now.facts[1]
+                choice = _still(job, choice, engine)
     except BaseException:
         tell()
         raise
+
+
+def _still(job: Job, choice: Choice, engine: Any) -> Choice:
+    """The choice for `job` now. Raises RuntimeError where `engine` does not do that any more."""
+    if choice.net is not None and engine.lie_where_they_lay() and choice.is_for(job):
+        return choice
+    now = choose(job)
+    if (reason := against_change(now, choice)) is not None:
+        raise RuntimeError(f"on_chunk changed what is trained, {reason}: call train_steps for the steps left")
+    if now.net is not None:
+        engine.optimizer.facts = now.facts[1]
+    return now
 
 
 MOST_UNREAD = 31

@@ -25,16 +25,25 @@ class Looped:
 
     def advance(self, most: int, interrupts: Interrupts) -> None:
         """Make at least one and at most `most` steps; Ctrl-C ends it after the step that it comes in."""
-        end, job = time.monotonic() + CHUNK_SECONDS, self.job
+        end, job, losses = time.monotonic() + CHUNK_SECONDS, self.job, self.losses
+        model, criterion, optimizer, schedule = job.model, job.criterion, job.optimizer, job.lr_schedule
         with torch.enable_grad():
-            for rows in islice(self.batches, most):
-                loss, right = step_of(job, job.inputs[rows], job.targets[rows])
-                self.losses.append(loss)
-                if right is not None:
+            for rows in islice(
+                self.batches, most
+            ):  # what a step costs beside the loop's own lines is counted: no calls
+                outputs = model(job.inputs[rows])
+                loss = criterion(outputs, reference.as_long(job.targets[rows]))
+                optimizer.zero_grad()
+                loss.backward()
+                if job.return_accuracy:
+                    right = reference.accuracy(outputs, job.targets[rows], criterion)
+                optimizer.step()
+                losses.append(loss.detach())
+                if job.return_accuracy:
                     self.accuracies.append(right)
                 self.done += 1
-                if job.lr_schedule is not None:  # last: what it may raise comes after a whole step
-                    job.lr_schedule.step()
+                if schedule is not None:  # last: what it may raise comes after a whole step
+                    schedule.step()
                 if interrupts.pending or time.monotonic() > end:
                     return
 

@@ -10,19 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import without_memory
+from ..dispatch import native, without_memory
 from .chunks import Chunks
 from .job import Job
 from .nets import Net
 from .optimizers import Rule, Steps
 
-_native: Any
-try:
-    from .. import _native  # type: ignore[no-redef]
-except ImportError:  # there was no compiler when fusednn was installed
-    _native = None
-
-MACHINES: dict[str, int] = {} if _native is None else _native.machines()
+MACHINES: dict[str, int] = {} if native is None else native.machines()
 """The kinds of machine that this one is, of those that there is code for; the last is the best."""
 
 RULES = ("adam", "sgd", "momentum", "nesterov")
@@ -48,12 +42,12 @@ class Native(Chunks):
         if (reason := without_memory(labels)) is not None:
             raise RuntimeError(f"targets: {reason}")
         shape = self.net.sizes[2], job.criterion.ignore_index
-        if (bad := _native.bad_label(labels.data_ptr(), *labels.stride(), labels.numel(), *shape)) is not None:
+        if (bad := native.bad_label(labels.data_ptr(), *labels.stride(), labels.numel(), *shape)) is not None:
             raise IndexError(f"Target {bad} is out of bounds.")
 
     def train(self, order: Tensor, taken: Steps, numbers: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """One call. Raises IndexError for a label out of range before the first of the steps."""
-        job, x, steps = self.job, self.job.inputs, len(taken.table)
+        job, x, steps = self.job, self.job.inputs, taken.steps
         targets, rule = job.targets.long(), taken.rule
         if not x.is_cpu or not targets.is_cpu:
             raise RuntimeError(f"the inputs came to {x.device}, and the targets to {targets.device}")
@@ -62,8 +56,8 @@ class Native(Chunks):
         sizes = self.net.sizes
         fixed = self._held_of(taken, sizes)
         addresses = (
-            _begin("inputs", x),
-            _begin("targets", targets),
+            x.data_ptr() if self.has_checked else _begin("inputs", x),
+            targets.data_ptr() if self.has_checked else _begin("targets", targets),
             order.data_ptr(),
             *fixed.addresses[:13],
             taken.table.data_ptr(),
@@ -87,12 +81,13 @@ class Native(Chunks):
             rule.maximize,
             job.criterion.reduction == "mean",
         )
+        self.has_checked = False
         machine, smoothing = MACHINES[self.machine], float(numbers["label_smoothing"])
-        _native.train_mlp(machine, x.dtype == torch.float64, addresses, numbers_of, smoothing)
+        native.train_mlp(machine, x.dtype == torch.float64, addresses, numbers_of, smoothing)
         return losses, losses if accuracies is None else accuracies
 
     def lie_where_they_lay(self) -> bool:
-        """Whether parameters and state have their memory where the last steps found it: the next ones need not look."""
+        """Whether parameters and state have their memory where the last steps found it, which the next one trusts."""
         self.trusts = self.held is not None and self.held.memory == self.held.memory_now()
         return self.trusts
 

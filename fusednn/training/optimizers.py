@@ -44,6 +44,7 @@ class Steps(NamedTuple):
     """
 
     rule: Rule
+    steps: int
     table: Tensor
     firsts: tuple[Tensor | None, ...]
     seconds: tuple[Tensor | None, ...]
@@ -244,6 +245,8 @@ class KernelOptimizer:
         """`parameters` are the optimizer's in the order of the table, None where a place is empty."""
         self.optimizer, self.parameters, self.schedule = optimizer, parameters, schedule
         self.model = next(parameter for parameter in parameters if parameter is not None)
+        self._dtype = self.model.dtype
+        self._typecode = "f" if self._dtype == torch.float32 else "d"
         self.is_adam = not isinstance(optimizer, SGD)
         self.error: Exception | None = None
         """What the schedule raised behind the last step that was taken: to be raised again when that step is made."""
@@ -267,7 +270,7 @@ class KernelOptimizer:
             if ages.count(ages[0]) == len(ages):
                 row = self._columns(ages[0], [group], 1, False)
                 if _PLAIN.issuperset(map(type, row)):
-                    return Steps(before.rule, self._sent_table(row * len(self.parameters)), *before[2:])
+                    return Steps(before.rule, 1, self._packed(row * len(self.parameters)), *before[3:])
         groups = [group for group in self.optimizer.param_groups if group["params"]]
         # in torch.optim's order, in which state_dict too lists the states
         found = {
@@ -292,15 +295,16 @@ class KernelOptimizer:
         first, second = ("exp_avg", "exp_avg_sq") if self.is_adam else ("momentum_buffer", "momentum_buffer")
         taken = Steps(
             self._rule(history),
+            steps,
             self._table(columns, steps),
             tuple([state.get(first) for state in states]),
             tuple([state.get(second) for state in states]),
             tuple([state.get("step") for state in states]),
         )
         self._kept = None
-        on_cpu = all(count is None or count.is_cpu for count in taken.counts)
-        if self.facts is not None and self.schedule is None and len(groups) == 1 and on_cpu:
-            if not any(fresh for _, fresh in found.values()):
+        if self.facts is not None and self.schedule is None and len(groups) == 1:
+            on_cpu = all(count is None or count.is_cpu for count in taken.counts)
+            if on_cpu and not any(fresh for _, fresh in found.values()):
                 self._kept = self.facts, groups[0], taken
         return taken
 
@@ -387,7 +391,7 @@ class KernelOptimizer:
     def _table(self, columns: list[list[Any]], steps: int) -> Tensor:
         """The numbers of each parameter as a table, [steps, parameters, ROW], in its dtype and on its device."""
         if steps == 1 and all(_PLAIN.issuperset(map(type, row)) for row in columns):
-            return self._sent_table(list(chain.from_iterable(columns)))
+            return self._packed(list(chain.from_iterable(columns)))
         values = (value for row in columns for value in row if isinstance(value, Tensor))
         found = next((value.device for value in values if not value.is_cpu), torch.device("cpu"))
         made: dict[int, Tensor] = {}
@@ -399,12 +403,10 @@ class KernelOptimizer:
         model = self.model
         return _sent(torch.stack([made[id(row)] for row in columns], dim=1).to(model.dtype), model.device)
 
-    def _sent_table(self, numbers: list[float]) -> Tensor:
-        """The same of one step."""
-        model = self.model
-        values = array("f" if model.dtype == torch.float32 else "d", numbers)
-        table = torch.frombuffer(values, dtype=model.dtype).view(1, -1, ROW)
-        return table if model.is_cpu else _sent(table, model.device)
+    def _packed(self, numbers: list[float]) -> Tensor:
+        """The table of one step."""
+        table = torch.frombuffer(array(self._typecode, numbers), dtype=self._dtype).view(1, -1, ROW)
+        return table if self.model.is_cpu else _sent(table, self.model.device)
 
     def _rule(self, history: list[list[dict[str, Any]]]) -> Rule:
         groups = [group for options in history for group in options]

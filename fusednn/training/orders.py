@@ -35,6 +35,10 @@ class Rows:
     def take(self, steps: int) -> Tensor:
         """The rows of the next `steps` steps, one after the other, [rows] int64; of one step a view."""
         job, parts = self.job, []
+        if steps == 1 and 0 < self.position < job.epoch_rows - job.batch_size:
+            begin = self.position
+            self.position += job.batch_size
+            return self.drawn[begin : self.position]
         while steps:
             if self.position == 0:
                 self._draw()
@@ -51,15 +55,17 @@ class Rows:
             if self.position == 0:
                 self._draw()
             begin, self.position = self.position, 0
-            yield from self.drawn[begin:].split(self.job.batch_size)
+            rows = self.drawn[begin:] if begin else self.drawn
+            yield from rows.split(self.job.batch_size) if rows.shape[0] > self.job.batch_size else (rows,)
 
     def _draw(self) -> None:
         job = self.job
         order = reference.draw_order(job.inputs.shape[0], self.epoch, job.shuffle, job.generator, job.order, job.seed)
-        order = order[: job.epoch_rows]
+        if job.epoch_rows < order.shape[0]:
+            order = order[: job.epoch_rows]
         if job.inputs.is_cuda and not order.is_cuda:
             order = order.pin_memory()
-        self.drawn = order.to(job.inputs.device, non_blocking=True)
+        self.drawn = order if order.is_cpu and job.inputs.is_cpu else order.to(job.inputs.device, non_blocking=True)
         self.epoch += 1
 
 

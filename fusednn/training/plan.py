@@ -247,9 +247,8 @@ def _against_data(job: Job) -> str | None:
         return "autocast is on"
     if torch.is_inference_mode_enabled():
         return "inference mode is on"
-    if torch._C._len_torch_function_stack():  # of those modes a default device is harmless
-        if any(type(mode).__module__ != "torch.utils._device" for mode in _get_current_function_mode_stack()):
-            return "a mode of __torch_function__ is on"
+    if torch._C._len_torch_function_stack() and not all(map(_is_harmless, _get_current_function_mode_stack())):
+        return "a mode of __torch_function__ is on"
     if dispatch_modes():
         return "a mode of __torch_dispatch__ is on"
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
@@ -269,6 +268,11 @@ def _against_data(job: Job) -> str | None:
     if targets.is_cpu is not inputs.is_cpu or targets.get_device() != inputs.get_device():
         return "inputs and targets are on two devices"
     return None
+
+
+def _is_harmless(mode: Any) -> bool:
+    """Whether it is that of a default device."""
+    return type(mode).__module__ == "torch.utils._device"
 
 
 def _against_net(job: Job, net: Net) -> str | None:

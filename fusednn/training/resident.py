@@ -46,5 +46,5 @@ class Resident(Chunks):
             options,
             **numbers,
         )
-        self.optimizer.count(len(taken.table))
+        self.optimizer.count(taken.steps)
         return traces

@@ -1,15 +1,74 @@
-// Whether what Python objects were asked for before still has the same answers: a call of train_steps looks at some
-// hundred of them, and in Python that takes as long as a training step.
+// Whether what Python objects were asked for before still has the same answers: a call of train_steps looks at a hundred
+// and fifty of them, and in Python that takes as long as a training step. fusednn/reading.py says what they are.
 
 #pragma once
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <vector>
+
 namespace {
 
-// A field of a tuple in a list, borrowed; null and an error if there is none.
-PyObject *field(PyObject *list, Py_ssize_t i, Py_ssize_t place) { return PyTuple_GetItem(PyList_GetItem(list, i), place); }
+const char *const FACTS = "fusednn.facts";
+
+enum Look { ITEM, ATTRIBUTE, LENGTH, LOOKS };
+
+// ITEM: the mapping `owner`, or its attribute `name`, has `value` at `key`. ATTRIBUTE: that of `owner` is `value`. LENGTH:
+// that of the attribute of `owner` is `length`. Owner, key and value may be weak references, each to what it stands for.
+struct Fact {
+    Look look;
+    PyObject *owner, *name, *key, *value;
+    Py_ssize_t length;
+};
+
+struct Facts {
+    std::vector<Fact> facts;
+    PyObject *gone = nullptr;  // stands for what is not there
+};
+
+void forget(PyObject *capsule) {
+    Facts *facts = static_cast<Facts *>(PyCapsule_GetPointer(capsule, FACTS));
+    for (const Fact &fact : facts->facts)
+        for (PyObject *held : {fact.owner, fact.name, fact.key, fact.value}) Py_XDECREF(held);
+    Py_DECREF(facts->gone);
+    delete facts;
+}
+
+// A field of a tuple, as a new reference; null with an error where there is none.
+PyObject *field(PyObject *tuple, Py_ssize_t place) {
+    PyObject *found = PyTuple_Check(tuple) ? PyTuple_GetItem(tuple, place) : nullptr;
+    if (!found && !PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "expected a tuple");
+    Py_XINCREF(found);
+    return found;
+}
+
+// facts(items, attributes, lengths, gone): lists of (owner, name or None, key, value), of (owner, name, value) and of
+// (owner, name, length), for `hold`.
+PyObject *facts(PyObject *, PyObject *args) {
+    PyObject *lists[LOOKS], *gone;
+    if (!PyArg_ParseTuple(args, "O!O!O!O", &PyList_Type, &lists[ITEM], &PyList_Type, &lists[ATTRIBUTE], &PyList_Type, &lists[LENGTH], &gone))
+        return nullptr;
+    Facts *made = new Facts;
+    Py_INCREF(gone);
+    made->gone = gone;
+    PyObject *capsule = PyCapsule_New(made, FACTS, forget);
+    for (int look = ITEM; capsule && look < LOOKS; ++look)
+        for (Py_ssize_t i = 0; capsule && i < PyList_Size(lists[look]); ++i) {
+            PyObject *tuple = PyList_GetItem(lists[look], i);
+            Fact fact = {Look(look), field(tuple, 0), nullptr, nullptr, nullptr, 0};
+            if (!PyErr_Occurred()) fact.name = field(tuple, 1);
+            if (look == ITEM && !PyErr_Occurred()) fact.key = field(tuple, 2);
+            if (look != LENGTH && !PyErr_Occurred()) fact.value = field(tuple, look == ITEM ? 3 : 2);
+            if (look == LENGTH && !PyErr_Occurred()) fact.length = PyLong_AsSsize_t(PyTuple_GetItem(tuple, 2));
+            made->facts.push_back(fact);
+            if (PyErr_Occurred()) Py_CLEAR(capsule);
+        }
+    return capsule;
+}
+
+// What `held` stands for; borrowed, None where it is gone.
+PyObject *referent(PyObject *held) { return PyWeakref_CheckRef(held) ? PyWeakref_GetObject(held) : held; }
 
 // mapping.get(key): a new reference, or null, with an error or without.
 PyObject *get(PyObject *mapping, PyObject *key) {
@@ -21,60 +80,33 @@ PyObject *get(PyObject *mapping, PyObject *key) {
     return PyObject_GetItem(mapping, key);
 }
 
-// False for an error that is `missing`, which is cleared; -1 for another.
-int unless(PyObject *missing) {
-    if (PyErr_Occurred() && !PyErr_ExceptionMatches(missing)) return -1;
-    PyErr_Clear();
-    return 0;
+// What was looked at: a new reference, or null, with an error or without.
+PyObject *look_at(const Fact &fact) {
+    PyObject *owner = referent(fact.owner);
+    if (fact.look == ITEM && fact.name == Py_None) return get(owner, referent(fact.key));
+    PyObject *attribute = PyObject_GetAttr(owner, fact.name);
+    if (fact.look != ITEM || !attribute) return attribute;
+    PyObject *found = get(attribute, referent(fact.key));
+    Py_DECREF(attribute);
+    return found;
 }
 
-// Whether `found`, a new reference or null, is `value`; `gone` stands for what is not there. -1 for an error that is not
-// `missing`.
-int is(PyObject *found, PyObject *value, PyObject *gone, PyObject *missing) {
-    if (!found) return unless(missing) ? -1 : value == gone;
-    Py_DECREF(found);
-    return found == value;
-}
-
-// The object that a field of a tuple in a list is a weak reference to, or that field; borrowed, None where it is gone.
-PyObject *referent(PyObject *list, Py_ssize_t i, Py_ssize_t place) {
-    PyObject *found = field(list, i, place);
-    return found && PyWeakref_CheckRef(found) ? PyWeakref_GetObject(found) : found;
-}
-
-// items (owner, name or None, key, value): the mapping is the owner, or its attribute of that name. attributes (owner,
-// name, value). lengths (owner, name, length) of a collection that is an attribute. gone. True if all are as they were.
-PyObject *hold(PyObject *, PyObject *args) {
-    PyObject *items, *attributes, *lengths, *gone;
-    if (!PyArg_ParseTuple(args, "O!O!O!O", &PyList_Type, &items, &PyList_Type, &attributes, &PyList_Type, &lengths, &gone))
-        return nullptr;
-    int same = 1;
-    for (Py_ssize_t i = 0; same == 1 && i < PyList_Size(items); ++i) {
-        PyObject *owner = referent(items, i, 0), *name = field(items, i, 1), *key = referent(items, i, 2);
-        PyObject *value = referent(items, i, 3);
-        if (!owner || !name || !key || !value) return nullptr;
-        Py_INCREF(owner);
-        PyObject *mapping = owner;
-        if (name != Py_None) {
-            mapping = PyObject_GetAttr(owner, name);
-            Py_DECREF(owner);
+// hold(facts): whether all is as it was.
+PyObject *hold(PyObject *, PyObject *capsule) {
+    const Facts *facts = static_cast<const Facts *>(PyCapsule_GetPointer(capsule, FACTS));
+    if (!facts) return nullptr;
+    for (const Fact &fact : facts->facts) {
+        PyObject *found = look_at(fact);
+        if (!found && PyErr_Occurred()) {
+            if (!PyErr_ExceptionMatches(PyExc_AttributeError) && !PyErr_ExceptionMatches(PyExc_KeyError)) return nullptr;
+            PyErr_Clear();
         }
-        same = mapping ? is(get(mapping, key), value, gone, PyExc_KeyError) : unless(PyExc_AttributeError);
-        Py_XDECREF(mapping);
+        const bool same = fact.look == LENGTH ? found && PyObject_Size(found) == fact.length
+                                              : (found ? found : facts->gone) == referent(fact.value);
+        Py_XDECREF(found);
+        if (!same) return PyErr_Occurred() ? nullptr : PyBool_FromLong(0);
     }
-    for (Py_ssize_t i = 0; same == 1 && i < PyList_Size(attributes); ++i) {
-        PyObject *owner = referent(attributes, i, 0), *name = field(attributes, i, 1), *value = referent(attributes, i, 2);
-        if (!owner || !name || !value) return nullptr;
-        same = is(PyObject_GetAttr(owner, name), value, gone, PyExc_AttributeError);
-    }
-    for (Py_ssize_t i = 0; same == 1 && i < PyList_Size(lengths); ++i) {
-        PyObject *owner = referent(lengths, i, 0), *name = field(lengths, i, 1), *before = field(lengths, i, 2);
-        if (!owner || !name || !before) return nullptr;
-        PyObject *collection = PyObject_GetAttr(owner, name);
-        same = collection ? PyObject_Size(collection) == PyLong_AsSsize_t(before) : unless(PyExc_AttributeError);
-        Py_XDECREF(collection);
-    }
-    return same < 0 ? nullptr : PyBool_FromLong(same);
+    return PyBool_FromLong(1);
 }
 
 }  // namespace

@@ -2,7 +2,6 @@
 
 import copy
 import warnings
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -379,7 +378,7 @@ def test_a_launch_that_fails_counts_no_step(device: str, monkeypatch: pytest.Mon
         raise MemoryError
 
     monkeypatch.setattr("fusednn.kernels.mlp_training.launch", fail)
-    monkeypatch.setattr("fusednn.training.native._native", SimpleNamespace(train_mlp=fail))
+    monkeypatch.setattr("fusednn.training.native.native.train_mlp", fail)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(MemoryError):
         train_steps(model, optimizer, *data(device), steps=2, generator=generator)

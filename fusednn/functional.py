@@ -31,6 +31,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if has_torch_function_variadic(input, weight, bias):
         return handle_torch_function(linear, (input, weight, bias), input, weight, bias)
+    if type(input) is Tensor and input.is_cpu and _are_plain(weight, bias):
+        return F.linear(input, weight, bias)
     if not (isinstance(input, Tensor) and dispatch.serves("linear", input)):
         return _pytorch(reference.linear, input, weight, bias)
     return _linear(input, weight, bias, False)
@@ -44,9 +46,18 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     """
     if has_torch_function_variadic(input, weight, bias):
         return handle_torch_function(linear_relu, (input, weight, bias), input, weight, bias)
+    if type(input) is Tensor and input.is_cpu and _are_plain(weight, bias):
+        return torch.relu(F.linear(input, weight, bias))
     if not (isinstance(input, Tensor) and dispatch.serves("linear_relu", input)):
         return _pytorch(reference.linear_relu, input, weight, bias)
     return _linear(input, weight, bias, True)
+
+
+def _are_plain(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether such operands of a CPU tensor are PyTorch's, and nobody asked to be told: what is quick to see."""
+    if dispatch.INTERPRETED or dispatch.watched() or not isinstance(weight, Tensor) or not weight.is_cpu:
+        return False
+    return bias is None or (isinstance(bias, Tensor) and bias.is_cpu)
 
 
 def _pytorch(operation: Callable[..., Tensor], x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:

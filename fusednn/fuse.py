@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from . import dispatch, reading
+from . import dispatch, functional, reading
 from .modules import Linear, unobserved
 from .reading import Node, Place, Unread, plain_class
 
@@ -55,12 +55,14 @@ class FusedLinear(Linear):
 
     def forward(self, input: Tensor, relu: bool = False) -> Tensor:
         """x Wᵀ + b [*, out_features] of input [*, in_features], or the ReLU of it."""
-        if relu or not self.applies_relu:
-            return super().forward(input, relu)
+        if relu:
+            return functional.linear_relu(input, self.weight, self.bias)
+        if not self.applies_relu:
+            return functional.linear(input, self.weight, self.bias)
         if not all(unobserved(self, behind) for behind in self.fused_relus or (_FUNCTION,)):
             _note_hooks()
-            return super().forward(input)
-        y = super().forward(input, relu=True)
+            return functional.linear(input, self.weight, self.bias)
+        y = functional.linear_relu(input, self.weight, self.bias)
         y._relu_applied = True  # type: ignore[attr-defined]
         return y
 
@@ -96,17 +98,18 @@ class FusedSequential(nn.Sequential):
 
     def forward(self, input: Any) -> Any:
         """What the modules, one after the other, make of `input`."""
-        modules, i = list(self), 0
-        while i < len(modules):
-            pair = modules[i : i + 2]
-            if [type(module) for module in pair] == [FusedLinear, nn.ReLU]:
-                if unobserved(*pair):
-                    input = pair[0](input, relu=True)
-                    i += 2
+        modules = [*self]
+        count, i = len(modules), 0
+        while i < count:
+            module = modules[i]
+            i += 1
+            if type(module) is FusedLinear and i < count and type(modules[i]) is nn.ReLU:
+                if unobserved(module, modules[i]):
+                    input = module(input, relu=True)
+                    i += 1
                     continue
                 _note_hooks()
-            input = pair[0](input)
-            i += 1
+            input = module(input)
         return input
 
 

@@ -122,13 +122,14 @@ class SimpleNN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [*, output_size] of x [*, input_size]."""
-        fc1, relu = self.fc1, self.relu
+        children = self._modules  # nn.Module looks in three dicts for an attribute, and then here
+        fc1, relu = children.get("fc1") or self.fc1, children.get("relu") or self.relu
         if _fusible(fc1, relu):
             hidden = fc1(x, relu=True)
         else:
             dispatch.note(dispatch.Decision("relu", "PyTorch", "fc1 or relu has hooks or was replaced"))
             hidden = relu(fc1(x))
-        logits: Tensor = self.fc2(hidden)
+        logits: Tensor = (children.get("fc2") or self.fc2)(hidden)
         return logits
 
 
@@ -139,16 +140,24 @@ def _fusible(fc: nn.Module, relu: nn.Module) -> bool:
 
 def unobserved(fc: nn.Module, relu: nn.Module) -> bool:
     """Whether no hook, of either module or of all, and no replaced forward tells relu(fc(x)) from the two in one."""
-    with_kwargs = fc._forward_pre_hooks_with_kwargs  # such a hook would see, and could drop, the argument that fuses
-    if with_kwargs and _tell(fc._forward_pre_hooks[key] for key in with_kwargs):
+    ours, theirs = (
+        fc.__dict__,
+        relu.__dict__,
+    )  # twice as quick as attributes, and half of what a call costs beside eager
+    with_kwargs = ours[
+        "_forward_pre_hooks_with_kwargs"
+    ]  # such a hook would see, and could drop, the argument that fuses
+    if with_kwargs and _tell(ours["_forward_pre_hooks"][key] for key in with_kwargs):
         return False
-    if fc._forward_hooks and _tell(fc._forward_hooks.values()):
+    if ours["_forward_hooks"] and _tell(ours["_forward_hooks"].values()):
         return False
-    if relu._forward_hooks or relu._forward_pre_hooks or _has_any_global_hook():
+    if theirs["_forward_hooks"] or theirs["_forward_pre_hooks"] or _has_any_global_hook():
         return False
-    if fc._backward_hooks or relu._backward_hooks or fc._backward_pre_hooks or relu._backward_pre_hooks:
+    if ours["_backward_hooks"] or theirs["_backward_hooks"]:
         return False
-    return "forward" not in fc.__dict__ and "forward" not in relu.__dict__
+    if ours["_backward_pre_hooks"] or theirs["_backward_pre_hooks"]:
+        return False
+    return "forward" not in ours and "forward" not in theirs
 
 
 def _tell(hooks: Iterable[Any]) -> bool:

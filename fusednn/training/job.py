@@ -40,7 +40,6 @@ def check(
     batch_size: int,
     epochs: int | None,
     steps: int | None,
-    start_step: int,
     drop_last: bool,
     shuffle: bool,
     generator: torch.Generator | None,
@@ -49,6 +48,7 @@ def check(
     criterion: Any,
     lr_schedule: Any,
     return_accuracy: bool,
+    start_step: int = 0,
 ) -> Job:
     """The job, or the error for arguments that make no sense."""
     check_training(model, optimizer, criterion, lr_schedule, return_accuracy)
@@ -97,13 +97,14 @@ def check_training(
 
 def check_data(inputs: Tensor, targets: Tensor) -> None:
     """Raise the error for inputs and targets that are no rows of examples, or have no memory."""
+    transformed = torch._C._are_functorch_transforms_active()  # whose tensors have none of their own
     for name, tensor in (("inputs", inputs), ("targets", targets)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} need a torch.Tensor, not {type(tensor).__name__}")
         if not tensor.dim():
             raise ValueError(f"{name} need a row for each example, not a 0-d tensor")
         dense = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor._is_zerotensor()
-        if dense and (reason := dispatch.without_memory(tensor)) is not None:
+        if dense and not transformed and (reason := dispatch.without_memory(tensor)) is not None:
             raise RuntimeError(f"{name}: {reason}")
     if inputs.shape[0] != targets.shape[0]:
         raise ValueError(f"inputs have {len(inputs)} rows and targets {len(targets)}")

@@ -126,6 +126,8 @@ def _against_number(number: Any) -> str | None:
     """torch.optim works with others in its own way, or raises an error."""
     if isinstance(number, float) or (isinstance(number, int) and abs(number) < 2**53):
         return None
+    if isinstance(number, Tensor):
+        return "an option other than lr is a tensor"
     return f"an option is {number!r}, a {type(number).__name__}, and no plain number"
 
 
@@ -143,8 +145,11 @@ def _against_options(group: dict[str, Any], is_sgd: bool, on_cpu: bool, facts: F
         betas = group["betas"]
         if type(betas) not in (tuple, list) or len(betas) != 2:
             return f"the option betas is {betas!r}"
-        if type(betas) is list:
+        if type(betas) is list or any(isinstance(beta, Tensor) for beta in betas):
             facts.never()
+        if any(isinstance(beta, Tensor) and (beta.numel() != 1 or not beta.is_cpu) for beta in betas):
+            return "the option betas is a tensor on a device"
+        betas = tuple([float(beta) if isinstance(beta, Tensor) else beta for beta in betas])
         numbers += betas
     for number in numbers:
         if (reason := _against_number(number)) is not None:
@@ -157,21 +162,17 @@ def _against_state(state: dict[str, Any], parameter: Tensor, is_sgd: bool, facts
     if not state:
         facts.never()
         return None
-    other = "the optimizer's state is not that of torch.optim"
-    for name in ("momentum_buffer",) if is_sgd else ("exp_avg", "exp_avg_sq"):
-        moment = facts.item(state, None, name)
-        if is_sgd and (moment is GONE or moment is None):
-            continue
-        if not isinstance(moment, Tensor):
-            return other
-        if not _alike(moment, parameter):
+    names = ("momentum_buffer",) if is_sgd else ("exp_avg", "exp_avg_sq", "step")
+    found = {name: facts.item(state, None, name) for name in names}
+    for name, tensor in found.items():
+        if name != "step" and isinstance(tensor, Tensor) and not _alike(tensor, parameter):
             return f"the optimizer's {name} has another dtype, device or layout than its parameter"
-    if not is_sgd:
-        count = facts.item(state, None, "step")
-        if not isinstance(count, Tensor) or count.numel() != 1:
-            return other
-        if count.dtype not in (torch.float32, torch.float64):
-            return other
+    if is_sgd:
+        return None
+    count = found["step"]
+    complete = all(isinstance(tensor, Tensor) for tensor in found.values()) and count.numel() == 1
+    if not complete or count.dtype not in (torch.float32, torch.float64):
+        return "the optimizer's state is not Adam's"
     return None
 
 
@@ -227,7 +228,8 @@ def _only_sets_options(schedule: Any) -> bool:
 
 
 def _alike(state: Tensor, parameter: Tensor) -> bool:
-    return state.device == parameter.device and state.shape == parameter.shape and state.is_contiguous()
+    same = state.dtype == parameter.dtype and state.device == parameter.device and state.shape == parameter.shape
+    return same and state.is_contiguous()
 
 
 def _may_cycle_momentum(schedule: Any) -> bool:
@@ -370,7 +372,7 @@ class KernelOptimizer:
                 undamped = _series([1.0, *[1 - group["dampening"] for group in (options * steps)[1:steps]]])
             return [lr, decay, 1 - lr * decay, sign, values("momentum"), undamped, 0.0, 0.0, 0.0]
         beta1, beta2 = group["betas"]
-        if len(options) > 1:
+        if len(options) > 1 or isinstance(beta1, Tensor) or isinstance(beta2, Tensor):
             beta1, beta2 = (_series([group["betas"][i] for group in options]) for i in (0, 1))
         place = next((v.device for v in (count, lr) if isinstance(v, Tensor) and not v.is_cpu), None)
         if isinstance(count, Tensor):
@@ -380,12 +382,12 @@ class KernelOptimizer:
             power1, power2 = beta1 ** (count + 1), beta2 ** (count + 1)
         else:
             ages = [count + step for step in range(1, steps + 1)]
-            bases = [[group["betas"][i] for group in options] for i in (0, 1)]
+            bases = [[float(group["betas"][i]) for group in options] for i in (0, 1)]
             power1, power2 = (_at(_series(_powers(some, ages)), place) for some in bases)
         unbiased = 1 - power1
         if isinstance(unbiased, Tensor) and isinstance(lr, float):
             lr = torch.tensor(lr, dtype=torch.float64, device="cpu")  # or it becomes a product with the reciprocal
-        root, eps = 1 / _root(1 - power2), values("eps")
+        root, eps = _one_over_root(1 - power2), values("eps")
         return [lr / unbiased, decay, 1 - lr * decay, sign, root, eps, 1 - beta1, beta2, 1 - beta2]
 
     def _table(self, columns: list[list[Any]], steps: int) -> Tensor:
@@ -443,8 +445,9 @@ def _at(value: Any, device: torch.device | None) -> Any:
     return _sent(value, device) if device is not None and isinstance(value, Tensor) else value
 
 
-def _root(value: Any) -> Any:
-    return value.sqrt() if isinstance(value, Tensor) else math.sqrt(value)
+def _one_over_root(value: Any) -> Any:
+    """1 / sqrt(value), of one number and of many with the same bits: Tensor.sqrt is MKL's, which errs in the last."""
+    return value.rsqrt() if isinstance(value, Tensor) else 1 / math.sqrt(value)
 
 
 def _sent(values: Tensor, device: torch.device) -> Tensor:

@@ -276,9 +276,10 @@ def _is_harmless(mode: Any) -> bool:
 
 
 def _against_net(job: Job, net: Net) -> str | None:
-    columns = math.prod(job.inputs.shape[1:])
-    if net.w1.dtype != job.inputs.dtype or columns != net.sizes[0]:
-        return f"the inputs are {list(job.inputs.shape)}, {job.inputs.dtype}, and the net is {net}, {net.w1.dtype}"
+    if net.w1.dtype != job.inputs.dtype:
+        return f"the parameters have another dtype than the inputs, {net.w1.dtype} and {job.inputs.dtype}"
+    if math.prod(job.inputs.shape[1:]) != net.sizes[0]:
+        return f"the inputs are {list(job.inputs.shape)}, and the net is {net}"
     return None
 
 

@@ -12,9 +12,15 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import fusednn
 from fusednn import reference, train_steps
-from fusednn.training.optimizers import KernelOptimizer, refusal
+from fusednn.reading import Facts
+from fusednn.training.optimizers import KernelOptimizer, refusal, refusal_now
 
 from .runs import ROWS, Run, adam, assert_alike, data, net, one_call, train
+
+
+def against(optimizer: Optimizer, parameters: list[Any]) -> str | None:
+    """Why no kernel makes the steps of `optimizer`."""
+    return refusal(optimizer, parameters, None, Facts()) or refusal_now(optimizer, parameters)
 
 
 def tables(chunks: list[int], make: Callable[[Any], Optimizer], schedule: Any = None) -> Tensor:
@@ -272,7 +278,7 @@ def test_refused(name: str) -> None:
     parameters = list(net("cpu").parameters())
     optimizer = make(parameters)
     change(optimizer, parameters)
-    assert reason in str(refusal(optimizer, parameters, None))
+    assert reason in str(against(optimizer, parameters))
 
 
 def test_hooks_on_all_optimizers_are_heard() -> None:
@@ -292,4 +298,4 @@ def test_what_torch_optim_has_wrapped_is_taken() -> None:
     parameters = list(net("cpu").parameters())
     optimizer = Adam(parameters)
     lr_scheduler.StepLR(optimizer, 1)
-    assert refusal(optimizer, parameters, None) is None
+    assert against(optimizer, parameters) is None

@@ -45,6 +45,21 @@ class Decision(NamedTuple):
         return f"{self.operation}: {self.implementation} ({self.reason})"
 
 
+class Decisions(tuple[Decision, ...]):
+    """The decisions of a call, in order; prints as a table."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        if not self:
+            return "no operation of fusednn"
+        widths = [max(len(decision[column]) for decision in self) for column in (0, 1)]
+        return "\n".join(
+            f"{operation:{widths[0]}}  {implementation:{widths[1]}}  {reason}"
+            for operation, implementation, reason in self
+        )
+
+
 class FallbackError(RuntimeError):
     """PyTorch would have served an operation inside :func:`strict`."""
 
@@ -106,7 +121,7 @@ def without_memory(x: torch.Tensor) -> str | None:
 
     Whoever reads such a tensor reads what is not its own, PyTorch too.
     """
-    if not (size := x.numel()):
+    if not (size := x.numel()) or x._is_zerotensor():
         return None
     if not x.is_contiguous():
         size = 1 + sum([(n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)])
@@ -146,17 +161,19 @@ def overrule(operation: str, reason: str, implementation: str = "PyTorch") -> No
     note(Decision(operation, implementation, reason))
 
 
-def explain(fn: Callable[..., Any], /, *inputs: Any, **kwargs: Any) -> tuple[Decision, ...]:
+def explain(fn: Callable[..., Any], /, *inputs: Any, **kwargs: Any) -> Decisions:
     """Run ``fn(*inputs, **kwargs)`` without gradients and tell which implementation served each operation, and why.
 
-    `fn` is a function or a module; the decisions come in the order of the calls, and each prints as one line.
+    `fn` is a function or a module; the decisions come in the order of the calls, and print as a table. It does run:
+    `train_steps` and a step of `make_train_step` do train. To hear which engine would serve ask with no steps, which
+    trains nothing: ``explain(train_steps, model, optimizer, inputs, targets, steps=0)``.
     """
     outer, _watch.decisions = _watch.decisions, []
     _watch.active = True
     try:
         with torch.no_grad():
             fn(*inputs, **kwargs)
-        return tuple(_watch.decisions)
+        return Decisions(_watch.decisions)
     finally:
         _watch.decisions = outer
         _watch.active = outer is not None or _watch.strict > 0

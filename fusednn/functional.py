@@ -156,6 +156,10 @@ def cross_entropy(
         )  # fmt: skip
     if size_average is not None or reduce is not None:
         reduction = legacy.legacy_get_string(size_average, reduce)
+    if type(input) is Tensor and input.is_cpu and _are_plain(target, weight):
+        return F.cross_entropy(
+            input, reference.as_long(target), weight, None, ignore_index, None, reduction, label_smoothing
+        )
     serves = isinstance(input, Tensor) and dispatch.serves("cross_entropy", input)
     if serves and torch.is_autocast_enabled(input.device.type):
         input, target, weight = (_autocast(tensor, torch.float32) for tensor in (input, target, weight))

@@ -71,9 +71,11 @@ def linear_cross_entropy(
 
 
 def as_long(target: Tensor) -> Tensor:
-    """Labels of int8, int16 and int32 as the int64 that PyTorch takes; anything else as it is."""
-    small = isinstance(target, Tensor) and target.dtype in (torch.int8, torch.int16, torch.int32)
-    return target.long() if small else target
+    """Labels of int8, int16, int32 and uint8 as the int64 that PyTorch takes everywhere; anything else as it is."""
+    return target.long() if isinstance(target, Tensor) and target.dtype in _SMALL else target
+
+
+_SMALL = (torch.int8, torch.int16, torch.int32, torch.uint8)
 
 
 class SimpleNN(nn.Module):

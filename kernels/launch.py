@@ -8,6 +8,8 @@ it would compile can be recorded there: `bench/builds.py` does, to count registe
 kernels are kept with their plan, and run as Triton runs them, wherever that is all that Triton would do.
 """
 
+import threading
+import warnings
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -98,7 +100,7 @@ def launch(kernel: Any, plan: Launch, *arguments: Any) -> None:
     if tensor.is_cpu:
         if not INTERPRETED:
             raise RuntimeError("the Triton kernels take CPU tensors only under TRITON_INTERPRET=1")
-        kernel[plan.grid](*arguments, **plan.options)
+        interpret(kernel, plan, [readable(argument) for argument in arguments])
         return
     device = tensor.get_device()
     if device != torch.accelerator.current_device_index():
@@ -122,6 +124,37 @@ def launch(kernel: Any, plan: Launch, *arguments: Any) -> None:
     stream = jit.driver.active.get_current_stream(device)
     state = (stream, compiled.function, compiled.packed_metadata, None, None, None)  # None: for hooks, and no hooks
     compiled.run(plan.grid[0], 1, 1, *state, *arguments, *constants)
+
+
+_interpreting = threading.RLock()
+
+
+def interpret(kernel: Any, plan: Launch, arguments: list[Any]) -> None:
+    """Run `kernel` in Triton's interpreter, one at a time: it puts its own functions in the place of triton.language's.
+
+    NumPy does the arithmetic in it, and warns of NaN and inf, also in rows past the end that no mask lets out.
+    """
+    with _interpreting, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        kernel[plan.grid](*arguments, **plan.options)
+
+
+def readable(x: Any) -> Any:
+    """An argument as it is, or zeros for a tensor of torch._efficientzerotensor, which has no memory.
+
+    Raises RuntimeError for another tensor that has none, or less than it needs.
+    """
+    if isinstance(x, tuple):
+        return type(x)(*map(readable, x)) if hasattr(x, "_fields") else tuple(map(readable, x))
+    if not isinstance(x, torch.Tensor):
+        return x
+    if x._is_zerotensor():
+        return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    ends = [(size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)]
+    needed = (x.storage_offset() + 1 + sum(ends)) * x.itemsize
+    if x.numel() and (not x.data_ptr() or x.untyped_storage().nbytes() < needed):
+        raise RuntimeError(f"a tensor of {list(x.shape)} has no memory, or less than that")
+    return x
 
 
 def cdiv(a: int, b: int) -> int:

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from .options import CommandError, parser
+from .options import CommandError, parser, printable
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         return 141
     except OSError as error:
-        return _report(1, f"{error}; make room where the output goes")
+        return _report(1, printable(f"{error}; make room where the output goes"))
 
 
 def _report(code: int, line: str) -> int:
@@ -51,7 +51,7 @@ def _flush_stdout() -> None:
 def _run(argv: list[str] | None) -> int:
     top = parser()
     try:
-        options = top.parse_args(argv)
+        options = top.parse(argv)
     except SystemExit:  # argparse has printed the help or the version
         return 0
     if options.command is None:

@@ -17,8 +17,13 @@ class CommandError(Exception):
 
     def __init__(self, code: int, line: str) -> None:
         """`code` as above; `line` stays one line even if it quotes a file name with a line break in it."""
-        super().__init__(" ".join(line.split()))
+        super().__init__(printable(" ".join(line.split())))
         self.code = code
+
+
+def printable(text: str) -> str:
+    """`text` with its control characters written out: a file's name may have some that a terminal obeys."""
+    return "".join(c if c.isprintable() or c == " " else c.encode("unicode_escape").decode() for c in text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,6 +32,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise `message` and where help is."""
         raise CommandError(2, f"{message}; see '{self.prog} --help'")
+
+    def parse(self, argv: list[str] | None) -> argparse.Namespace:
+        """parse_args, which would send whoever gives a wrong option of `train` to the help of `fusednn`."""
+        options, rest = self.parse_known_args(argv)
+        if rest:
+            command = f"{self.prog} {options.command}" if options.command else self.prog
+            raise CommandError(2, f"unrecognized arguments: {' '.join(rest)}; see '{command} --help'")
+        return options
 
 
 def parser() -> Parser:

@@ -14,7 +14,7 @@ from .. import CrossEntropyLoss, SimpleNN, explain, train_steps
 from .checkpoint import save_model, write_atomically
 from .data import Digits, load
 from .loop import Epoch, evaluate, fit
-from .options import CommandError, choose_device, make_folder
+from .options import CommandError, choose_device, make_folder, printable
 from .plots import draw_curves
 
 
@@ -70,7 +70,7 @@ def train(options: Namespace) -> None:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)  # now, and not after what goes to stderr
+    print(printable(line), flush=True)  # now, and not after what goes to stderr
 
 
 def _progress_bar(epochs: int) -> "tqdm[Any]":

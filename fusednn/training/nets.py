@@ -100,7 +100,9 @@ def _kept(kept: Any, model: Any, features: Features | None, find: Callable[..., 
 
 def _net_of(model: nn.Module, found: Reading, features: Features | None, facts: Facts) -> Net | str:
     """The net of a chain of an input, perhaps a view of it, a Linear, a ReLU or several, and a Linear."""
-    chain, other = found.nodes, "the model is not Linear, ReLU, Linear"
+    chain = found.nodes
+    other = f"the model is {', '.join(map(str, chain[1:8])) or 'its input'}{', ...' * (len(chain) > 8)}"
+    other += " and not Linear, ReLU, Linear, one after the other"
     if found.output is not chain[-1] or any(node.operands != (before,) for before, node in pairwise(chain)):
         return other
     kinds: list[str] = []

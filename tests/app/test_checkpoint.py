@@ -1,6 +1,8 @@
 import errno
+import json
 import os
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fusednn import SimpleNN
+from fusednn.app import checkpoint
 from fusednn.app.checkpoint import CheckpointError, load_model, save_model, write_atomically
 
-METADATA = {"fusednn": '{"format": 1}'}
+
+def metadata_of(state: dict[str, torch.Tensor]) -> dict[str, str]:
+    """What save_model would note of such parameters."""
+    noted = {"format": checkpoint.FORMAT}
+    return {"fusednn": json.dumps({**noted, "sha256": checkpoint._checksum(state, noted)})}
 
 
 def test_write_makes_and_replaces_a_file(tmp_path: Path):
@@ -101,7 +108,38 @@ def test_equal_models_are_equal_files(tmp_path: Path):
 def test_metadata_says_what_the_model_is(tmp_path: Path):
     save_model(SimpleNN(5, 7, 3), tmp_path / "model", {"seed": 4, "test_accuracy": 0.5})
     with safe_open(tmp_path / "model", framework="pt") as file:
-        assert file.metadata() == {"fusednn": '{"format": 1, "seed": 4, "test_accuracy": 0.5}'}
+        noted = json.loads(file.metadata()["fusednn"])
+    assert len(noted.pop("sha256")) == 64
+    assert noted == {"format": 2, "seed": 4, "test_accuracy": 0.5}
+
+
+def test_any_flipped_bit_is_noticed(tmp_path: Path):
+    whole, flipped = tmp_path / "whole", tmp_path / "flipped"
+    save_model(SimpleNN(5, 7, 3), whole, {"seed": 4})
+    content = whole.read_bytes()
+    for place in torch.randperm(8 * len(content), generator=torch.Generator().manual_seed(0))[:200].tolist():
+        damaged = bytearray(content)
+        damaged[place // 8] ^= 1 << place % 8
+        flipped.write_bytes(damaged)
+        with pytest.raises(CheckpointError):
+            load_model(flipped)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_written_is_read_in_its_dtype(tmp_path: Path, dtype: torch.dtype):
+    model = SimpleNN(5, 7, 3, dtype=dtype)
+    save_model(model, tmp_path / "model", {})
+    torch.testing.assert_close(load_model(tmp_path / "model").state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_what_a_killed_run_left_is_cleaned_up(tmp_path: Path):
+    old, young, other = (tmp_path / name for name in (".fusednn-1.tmp", ".fusednn-2.tmp", ".other.tmp"))
+    for path in (old, young, other):
+        path.touch()
+    for path in (old, other):
+        os.utime(path, (time.time() - 4000,) * 2)
+    write_atomically(tmp_path / "file", b"")
+    assert sorted(os.listdir(tmp_path)) == [".fusednn-2.tmp", ".other.tmp", "file"]
 
 
 def test_model_cut_short_is_refused_at_every_length(tmp_path: Path):
@@ -140,18 +178,19 @@ def changed(**tensors: torch.Tensor | None) -> dict[str, torch.Tensor]:
         changed(fc2_weight=torch.zeros(3, 8)),
         changed(fc1_weight=torch.zeros(35)),
         changed(fc2_bias=torch.zeros(3, dtype=torch.float64)),
-        {name: tensor.half() for name, tensor in changed().items()},
+        {name: tensor.int() for name, tensor in changed().items()},
     ],
-    ids=["other", "extra", "no fc1.bias", "no fc2.weight", "fc1.bias", "fc2.weight", "flat", "mixed", "half"],
+    ids=["other", "extra", "no fc1.bias", "no fc2.weight", "fc1.bias", "fc2.weight", "flat", "mixed", "int"],
 )
 def test_other_tensors_are_refused(tmp_path: Path, state: dict[str, torch.Tensor]):
-    save_file(state, tmp_path / "other", METADATA)
-    with pytest.raises(CheckpointError, match="does not hold the parameters of a float32 SimpleNN"):
+    save_file(state, tmp_path / "other", metadata_of(state))
+    with pytest.raises(CheckpointError, match="does not hold the parameters of a SimpleNN"):
         load_model(tmp_path / "other")
 
 
 @pytest.mark.parametrize(
-    "metadata", [None, {}, {"format": "pt"}, {"fusednn": "{"}, {"fusednn": "[]"}, {"fusednn": "{}"}]
+    "metadata",
+    [None, {}, {"format": "pt"}, {"fusednn": "{"}, {"fusednn": "[]"}, {"fusednn": "{}"}, {"fusednn": "[" * 100_000}],
 )
 def test_metadata_of_others_is_refused(tmp_path: Path, metadata: dict[str, str] | None):
     save_file(changed(), tmp_path / "other", metadata)
@@ -160,8 +199,8 @@ def test_metadata_of_others_is_refused(tmp_path: Path, metadata: dict[str, str] 
 
 
 def test_later_format_is_refused(tmp_path: Path):
-    save_file(changed(), tmp_path / "later", {"fusednn": '{"format": 2}'})
-    with pytest.raises(CheckpointError, match="has format 2; this version of fusednn reads format 1"):
+    save_file(changed(), tmp_path / "later", {"fusednn": '{"format": 3}'})
+    with pytest.raises(CheckpointError, match="has format 3; this version of fusednn reads format 2"):
         load_model(tmp_path / "later")
 
 

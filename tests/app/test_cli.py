@@ -162,8 +162,8 @@ def test_bar_in_a_log_is_a_handful_of_updates(tmp_path: Path, pytorch: None, cap
         ("--device toaster", "--device: this machine has no device 'toaster'; choose auto or cpu"),
         ("--out {file}", "--out: cannot write in '{file}' (File exists); choose"),
         ("--out {file}/below", "--out: cannot write in '{file}/below' (Not a directory); choose"),
-        ("--epoch 3", "unrecognized arguments: --epoch 3"),
-        ("--unknown", "unrecognized arguments: --unknown"),
+        ("--epoch 3", "unrecognized arguments: --epoch 3; see 'fusednn train --help'"),
+        ("--unknown", "unrecognized arguments: --unknown; see 'fusednn train --help'"),
         ("more", "unrecognized arguments: more"),
         ("--epochs", "argument --epochs: expected one argument"),
     ],
@@ -177,6 +177,16 @@ def test_wrong_call_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert errors.startswith("error: " + message.format(file=file))
     assert re.fullmatch(r"error: .+; .+\n", errors)
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_control_characters_of_a_name_are_written_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "file").touch()
+    assert main(["train", "--out", f"{tmp_path}/file/\x1b[31m\x07"]) == 2
+    assert main(["train", "--epochs", "1", "--out", f"{tmp_path}/\x1b[31m"]) == 0
+    output, errors = capsys.readouterr()
+    assert "\x1b" not in output + errors
+    assert "\x07" not in output + errors
+    assert output.count("\\x1b[31m") == 3
 
 
 @pytest.mark.parametrize("argument", ["fly", "tra", "--vers"])

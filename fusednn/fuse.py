@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from . import dispatch, functional, reading
-from .modules import Linear, unobserved
+from .modules import Linear, as_plain, unobserved
 from .reading import Node, Place, Unread, plain_class
 
 _log = logging.getLogger("fusednn")
@@ -66,6 +66,9 @@ class FusedLinear(Linear):
         y._relu_applied = True  # type: ignore[attr-defined]
         return y
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        return _as_it_was(self)
+
 
 _FUNCTION = nn.ReLU()
 """Stands for a ReLU that is no module, and has no hooks."""
@@ -90,6 +93,9 @@ class FusedReLU(nn.ReLU):
         """`input` if a FusedLinear marked it, else the ReLU of it."""
         return relu_unless_applied(super().forward, input)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        return _as_it_was(self)
+
 
 class FusedSequential(nn.Sequential):
     """An nn.Sequential that runs a FusedLinear and the nn.ReLU after it as one."""
@@ -111,6 +117,9 @@ class FusedSequential(nn.Sequential):
                 _note_hooks()
             input = module(input)
         return input
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return _as_it_was(self)
 
 
 def _note_hooks() -> None:
@@ -151,7 +160,7 @@ def _asking_class(kind: Any, places: frozenset[Place]) -> type[nn.Module]:
         here = frozenset((p.line, p.column) for p in places if p.function is function)
         methods[function.__name__] = _asking_function(function, owner, here)
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    more = {"_plain_class": kind, "_places": places, "__reduce_ex__": _reduce}
+    more = {"_plain_class": kind, "_places": places, "__reduce_ex__": _reduce, "__prepare_scriptable__": _as_it_was}
     metaclass: Any = type(kind)
     made: type[nn.Module] = metaclass(kind.__name__, (kind,), names | methods | more)
     return made
@@ -177,6 +186,11 @@ def _asking_function(function: FunctionType, owner: type, places: frozenset[tupl
     made.__kwdefaults__, made.__qualname__ = function.__kwdefaults__, function.__qualname__
     made.__doc__, made.__annotations__ = function.__doc__, function.__annotations__
     return made
+
+
+def _as_it_was(self: nn.Module) -> nn.Module:
+    """For torch.jit.script, which compiles no Triton kernel: the same of the class before fuse."""
+    return as_plain(self, plain_class(type(self)))
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from . import dispatch, functional
+from . import dispatch, functional, reference
+
+
+def as_plain(module: nn.Module, kind: Any) -> nn.Module:
+    """A module of PyTorch's class `kind` that has the parameters, hooks and modules of `module`."""
+    plain: nn.Module = kind.__new__(kind)
+    plain.__dict__.update(module.__dict__)
+    plain.__dict__["_modules"] = dict(module._modules)  # torch.jit.script puts others into it
+    return plain
 
 
 class Linear(nn.Linear):
@@ -19,6 +27,10 @@ class Linear(nn.Linear):
         operation = functional.linear_relu if relu else functional.linear
         return operation(input, self.weight, self.bias)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script, which compiles no Triton kernel, makes a script of."""
+        return as_plain(self, nn.Linear)
+
 
 class LinearReLU(nn.Linear):
     """relu(nn.Linear(x)), same parameters and initial values, served by :func:`fusednn.functional.linear_relu`."""
@@ -26,6 +38,15 @@ class LinearReLU(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """relu(x Wᵀ + b) [*, out_features] of input [*, in_features]."""
         return functional.linear_relu(input, self.weight, self.bias)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script, which compiles no Triton kernel, makes a script of."""
+        return as_plain(self, _PlainLinearReLU)
+
+
+class _PlainLinearReLU(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.relu(nn.functional.linear(input, self.weight, self.bias))
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -41,6 +62,10 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
         )
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script, which compiles no Triton kernel, makes a script of."""
+        return as_plain(self, nn.CrossEntropyLoss)
 
 
 _LinearCrossEntropyLoss: Any = getattr(nn, "LinearCrossEntropyLoss", nn.modules.loss._WeightedLoss)
@@ -131,6 +156,10 @@ class SimpleNN(nn.Module):
             hidden = relu(fc1(x))
         logits: Tensor = (children.get("fc2") or self.fc2)(hidden)
         return logits
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script, which compiles no Triton kernel, makes a script of."""
+        return as_plain(self, reference.SimpleNN)
 
 
 def _fusible(fc: nn.Module, relu: nn.Module) -> bool:

@@ -153,6 +153,7 @@ class TrainStep:
                 self._unread = 0
                 loss, right = self._launch(choice, job)
                 self._choice = choice.without_data()
+                self._kernels.job = self._choice.job
         return (loss, right) if job.return_accuracy else loss
 
     def _loop(self, job: Job) -> tuple[Tensor, Tensor | None]:

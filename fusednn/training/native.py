@@ -51,6 +51,7 @@ class Native(Chunks):
         targets, rule = job.targets.long(), taken.rule
         if not x.is_cpu or not targets.is_cpu:
             raise RuntimeError(f"the inputs came to {x.device}, and the targets to {targets.device}")
+        held = x.untyped_storage(), targets.untyped_storage()  # whatever another thread makes of the tensors meanwhile
         losses = x.new_empty(steps)
         accuracies = x.new_empty(steps) if job.return_accuracy else None
         sizes = self.net.sizes
@@ -84,6 +85,7 @@ class Native(Chunks):
         self.has_checked = False
         machine, smoothing = MACHINES[self.machine], float(numbers["label_smoothing"])
         native.train_mlp(machine, x.dtype == torch.float64, addresses, numbers_of, smoothing)
+        del held
         return losses, losses if accuracies is None else accuracies
 
     def lie_where_they_lay(self) -> bool:

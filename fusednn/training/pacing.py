@@ -19,7 +19,7 @@ class Pace:
 
     def __init__(self, data: Tensor, first: int, most: int) -> None:
         """`data` says on which device; a first chunk has at most `first` steps, any at most `most`."""
-        self.data, self.device = data, data.device if data.is_cuda else None
+        self.place, self.device = data.device, data.device if data.is_cuda else None
         self.chunk, self.most = max(1, min(first, most)), most
         self.marks: deque[tuple[int, torch.cuda.Event, torch.cuda.Event]] = deque()
 
@@ -28,8 +28,8 @@ class Pace:
         if self.device is None:  # the interpreter, or a device that is waited for
             begin = time.monotonic()
             launch(steps)
-            if not self.data.is_cpu:
-                torch.accelerator.synchronize(self.data.device)
+            if self.place.type != "cpu":
+                torch.accelerator.synchronize(self.place)
             self._adapt(steps, time.monotonic() - begin)
             return
         started = self._mark()

@@ -1,9 +1,11 @@
 """on_chunk, Ctrl-C and errors: whatever ends a run, whole steps are done, those that on_chunk was told of."""
 
 import copy
+import ctypes
 import inspect
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -274,6 +276,26 @@ def test_a_handler_that_does_not_raise_lets_the_training_go_on(hook: bool) -> No
         signal.signal(signal.SIGINT, before)
     assert watcher.done == [2, 4, 6]
     assert len(heard) == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's struct sigaction")
+def test_what_siginterrupt_has_set_stays(device: str) -> None:
+    """A call that a signal comes in goes on by itself, as `signal.siginterrupt(number, False)` asks."""
+    before = signal.signal(signal.SIGUSR1, lambda *args: None)
+    signal.siginterrupt(signal.SIGUSR1, False)
+    sigaction, flags = ctypes.CDLL(None).sigaction, []
+    try:
+        for run in (None, train_steps):
+            if run is not None:
+                model = net(device)
+                run(model, adam(model.parameters()), *data(device), steps=2, chunk_steps=1)
+            action = ctypes.create_string_buffer(512)
+            assert sigaction(signal.SIGUSR1, None, action) == 0
+            flags.append(int.from_bytes(action.raw[136:140], sys.byteorder))  # sa_flags, on Linux
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert flags[0] == flags[1]
+    assert flags[0] & 0x10000000  # SA_RESTART
 
 
 def test_an_ignored_ctrl_c_stays_ignored() -> None:

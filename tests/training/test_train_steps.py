@@ -1,19 +1,22 @@
 """train_steps against the reference loop: every engine, optimizer, option and corner of the data."""
 
 import copy
+import threading
 import warnings
+from contextlib import suppress
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, lr_scheduler
 
 import fusednn
 from fusednn import FallbackError, reference, train_steps
 
-from .runs import OUTPUTS, ROWS, adam, assert_alike, data, net, one_call, train
+from .runs import HIDDEN, INPUTS, OUTPUTS, ROWS, adam, assert_alike, data, net, one_call, train
 
 SIZES = [(64, 128, 10), (64, 64, 10), (32, 64, 10), (128, 128, 10), (64, 256, 10), (256, 64, 10)]
 
@@ -468,3 +471,123 @@ def test_losses_stay_on_the_device_in_the_dtype_of_the_loss(device: str) -> None
     assert losses.device == next(model.parameters()).device
     assert losses.dtype == torch.float32
     assert not losses.requires_grad
+
+
+def one_column(model: nn.Module, x: Tensor, targets: Tensor, criterion: Any, shape: tuple[int, ...]) -> float:
+    """The accuracy of one step with targets of 0 and 1."""
+    wanted = (targets < OUTPUTS // 2).to(x.dtype).view(len(x), *shape)
+    arguments: dict[str, Any] = {"criterion": criterion, "steps": 1, "batch_size": len(x), "return_accuracy": True}
+    found = []
+    for loop in (train_steps, reference.train_steps):
+        twin = copy.deepcopy(model)
+        found.append(loop(twin, adam(twin.parameters()), x, wanted, **arguments)[1].item())
+    assert found[0] == found[1]
+    return found[0]
+
+
+@pytest.mark.parametrize("shape", [(1,), ()], ids=["[N, 1]", "[N]"])
+@pytest.mark.parametrize(
+    ("criterion", "middle"),
+    [
+        (nn.BCEWithLogitsLoss(), 0.0),
+        (nn.functional.binary_cross_entropy_with_logits, 0.0),
+        (nn.BCELoss(), 0.5),
+        (lambda y, t: ((1 - (2 * t - 1) * y).clamp(min=0)).mean(), 0.0),
+    ],
+    ids=["BCEWithLogitsLoss", "function", "BCELoss", "hinge"],
+)
+def test_the_accuracy_of_one_column_is_the_share_on_the_right_side(
+    device: str, criterion: Any, middle: float, shape: tuple[int, ...]
+) -> None:
+    x, targets = data(device)
+    more: list[nn.Module] = [nn.Sigmoid()] * (middle > 0) + [nn.Flatten(0)] * (shape == ())
+    model = nn.Sequential(net(device, (INPUTS, HIDDEN, 1)), *more)
+    right = ((model(x).view(-1) > middle) == (targets < OUTPUTS // 2)).float().mean().item()
+    assert 0.2 < right < 0.8
+    assert one_column(model, x, targets, criterion, shape) == pytest.approx(right)
+
+
+def test_the_accuracy_of_several_labels_at_once_is_that_of_all(device: str) -> None:
+    x, _ = data(device)
+    model = net(device)
+    wanted = (torch.rand(len(x), OUTPUTS) < 0.5).to(x)
+    right = ((model(x) > 0) == (wanted > 0.5)).float().mean().item()
+    arguments: dict[str, Any] = {"steps": 1, "batch_size": len(x), "criterion": nn.BCEWithLogitsLoss()}
+    _, accuracies = train_steps(model, adam(model.parameters()), x, wanted, return_accuracy=True, **arguments)
+    assert accuracies.item() == pytest.approx(right)
+
+
+@pytest.mark.parametrize("loop", [train_steps, reference.train_steps])
+@pytest.mark.parametrize(
+    ("criterion", "words"),
+    [
+        (nn.MSELoss(), "MSELoss has no classes"),
+        (nn.functional.l1_loss, "l1_loss has no classes"),
+        (lambda y, t: (y.sum(1) - t).square().mean(), "neither classes and labels nor one column"),
+    ],
+    ids=["MSELoss", "l1_loss", "a function"],
+)
+def test_where_there_are_no_classes_accuracy_raises_before_the_first_step(
+    loop: Any, criterion: Any, words: str
+) -> None:
+    x, targets = data("cpu")
+    model = net("cpu")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=words):
+        loop(model, adam(model.parameters()), x, targets.float(), steps=1, criterion=criterion, return_accuracy=True)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("betas", (0.9, 0.99, 0.999)), ("betas", (0.9, 2.0)), ("lr", Decimal("0.01")), ("eps", "1"), ("betas", 0.9)],
+)
+def test_options_that_torch_refuses_raise_its_error(device: str, name: str, value: Any) -> None:
+    x, targets = data(device)
+    errors = []
+    for loop in (train_steps, reference.train_steps):
+        model = net(device)
+        optimizer = adam(model.parameters())
+        loop(model, optimizer, x, targets, steps=1)
+        optimizer.param_groups[0][name] = value
+        with pytest.raises(Exception) as error:  # noqa: PT011 (whatever torch raises)
+            loop(model, optimizer, x, targets, steps=1)
+        errors.append((error.type, str(error.value)))
+    assert errors[0] == errors[1]
+
+
+def test_explain_with_no_steps_trains_nothing(device: str) -> None:
+    x, targets = data(device)
+    model = net(device)
+    optimizer = adam(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = copy.deepcopy(model.state_dict())
+    decisions = fusednn.explain(train_steps, model, optimizer, x, targets, steps=0)
+    assert decisions[0].implementation == one_call(device)
+    assert str(decisions).startswith("train_steps  " + one_call(device))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert not optimizer.state
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_another_thread_may_exchange_memory_meanwhile() -> None:
+    """The steps under way are made where the parameters lay when they began."""
+    x, targets = data("cpu", 2000)
+    model = net("cpu")
+    done = threading.Event()
+
+    def exchange() -> None:
+        while not done.is_set():
+            for parameter in model.parameters():
+                parameter.data = parameter.data.clone()
+
+    thread = threading.Thread(target=exchange)
+    thread.start()
+    try:
+        with suppress(RuntimeError):  # it is the loop's to say that a gradient has lost its parameter's memory
+            for _ in range(20):
+                train_steps(model, adam(model.parameters()), x, targets, epochs=2)
+    finally:
+        done.set()
+        thread.join()

@@ -32,6 +32,16 @@ def test_explain_names_each_operation(device: str) -> None:
     assert str(decisions[0]).startswith(f"linear_relu: {name} (cpu" if device == "cpu" else "linear_relu: Triton (cuda")
 
 
+def test_decisions_print_as_a_table(device: str) -> None:
+    x, w = torch.randn(5, 6, device=device), torch.randn(4, 6, device=device)
+    lines = str(explain(lambda: functional.linear(functional.linear_relu(x, w)[:, :4], w[:, :4]))).splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("linear_relu  Triton")
+    assert lines[1].startswith("linear       Triton")
+    assert lines[0].index(device) == lines[1].index(device)
+    assert str(explain(lambda: None)) == "no operation of fusednn"
+
+
 def test_explain_does_not_train() -> None:
     model, x = SimpleNN(6, 8, 4), torch.randn(5, 6, requires_grad=True)
     explain(lambda: model(x).sum().requires_grad_() if torch.is_grad_enabled() else None)

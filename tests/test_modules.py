@@ -21,6 +21,7 @@ from fusednn import (
     SimpleNN,
     explain,
     functional,
+    fuse,
     reference,
     strict,
 )
@@ -415,3 +416,48 @@ def test_signatures_follow_torch() -> None:
         theirs = parameters(torch.nn.functional.linear_cross_entropy)
         assert parameters(functional.linear_cross_entropy) == theirs + extra
         assert parameters(LinearCrossEntropyLoss) == parameters(nn.LinearCrossEntropyLoss) + extra
+
+
+SCRIPTED: dict[str, Callable[[], nn.Module]] = {
+    "SimpleNN": lambda: SimpleNN(8, 6, 3),
+    "SimpleNN, GELU": lambda: with_relu(SimpleNN(8, 6, 3), nn.GELU()),
+    "Linear": lambda: Linear(8, 3),
+    "LinearReLU": lambda: LinearReLU(8, 3, bias=False),
+    "within": lambda: nn.Sequential(LinearReLU(8, 6), Linear(6, 3)),
+    "fused Sequential": lambda: fuse(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))),
+    "fused functions": lambda: fuse(Functional()),
+    "fused modules": lambda: fuse(reference.SimpleNN(8, 6, 3)),
+}
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc2(torch.relu(self.fc1(x)))
+        return y
+
+
+def with_relu(model: SimpleNN, activation: nn.Module) -> SimpleNN:
+    model.relu = activation
+    return model
+
+
+@pytest.mark.parametrize("name", SCRIPTED)
+def test_a_script_is_that_of_the_plain_modules(name: str) -> None:
+    model, x = SCRIPTED[name](), torch.randn(5, 8)
+    expected = model(x)
+    script = torch.jit.script(model)
+    torch.testing.assert_close(script(x), expected)
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(script.state_dict(), model.state_dict())
+    script(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())  # they are the same
+
+
+def test_a_scripted_loss() -> None:
+    criterion = CrossEntropyLoss(weight=torch.rand(3), label_smoothing=0.1, reduction="sum")
+    x, target = torch.randn(5, 3), torch.randint(3, (5,))
+    torch.testing.assert_close(torch.jit.script(criterion)(x, target), criterion(x, target))

@@ -4,7 +4,8 @@ import contextlib
 import functools
 import random
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusednn import explain, fuse, fusions, reference, train_steps
+from fusednn import explain, fuse, fusions, reading, reference, train_steps
+from fusednn.reading import Facts
 from fusednn.training.nets import Net, find_net, find_pure
 
 
@@ -375,3 +377,88 @@ def test_a_bias_of_another_shape_is_the_loops() -> None:
         assert "another shape" in find_net(model)
         with contextlib.suppress(ZeroDivisionError):
             run(train_steps, model)
+
+
+@pytest.fixture(params=["C++", "Python"])
+def facts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Facts:
+    if request.param == "Python":
+        monkeypatch.setattr(reading, "native", None)
+    elif reading.native is None:
+        pytest.skip("the native engine was not built")
+    return Facts()
+
+
+class Thing(nn.Module):
+    """With something of each kind."""
+
+    number = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child, self.options = nn.Linear(2, 3), {"a": 1}
+
+
+def looked_at(facts: Facts, thing: Thing) -> None:
+    """Look at something of each kind."""
+    assert facts.item(thing, "_modules", "child") is thing.child
+    assert facts.item(thing.options, None, "a") == 1
+    assert facts.item(thing.options, None, "b") is reading.GONE
+    assert facts.attribute(thing.child, "weight") is thing.child.weight
+    assert facts.attribute(thing, "nothing") is reading.GONE
+    assert facts.attribute(Thing, "number") == 1
+    assert facts.attribute(thing.child.bias, "requires_grad") is True
+    assert facts.length(thing, "_forward_hooks") == 0
+    assert facts.hold()
+
+
+FACTS: dict[str, Callable[[Any], Any]] = {
+    "an item": lambda thing: thing._modules.update(child=nn.Linear(2, 3)),
+    "one that is gone": lambda thing: thing.options.pop("a"),
+    "one that was not there": lambda thing: thing.options.update(b=None),
+    "an attribute": lambda thing: setattr(thing.child, "weight", nn.Parameter(torch.ones(3, 2))),
+    "one that is there now": lambda thing: setattr(thing, "nothing", None),
+    "a flag": lambda thing: thing.child.bias.requires_grad_(False),
+    "a length": lambda thing: thing.register_forward_hook(print),
+}
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_facts_hold_until_something_changes(facts: Facts, name: str) -> None:
+    thing = Thing()
+    looked_at(facts, thing)
+    FACTS[name](thing)
+    assert not facts.hold()
+
+
+def test_facts_of_a_class_and_of_what_is_gone(facts: Facts, monkeypatch: pytest.MonkeyPatch) -> None:
+    thing = Thing()
+    looked_at(facts, thing)
+    with monkeypatch.context() as patch:
+        patch.setattr(Thing, "number", 2)
+        assert not facts.hold()
+    assert facts.hold()
+    del thing
+    assert not facts.hold()
+
+
+def test_some_facts_never_hold(facts: Facts) -> None:
+    facts.never()
+    assert not facts.hold()
+
+
+def test_a_defaultdict_is_not_filled_by_looking(facts: Facts) -> None:
+    states: Any = defaultdict(dict)
+    assert facts.item(states, None, "p") is reading.GONE
+    assert facts.hold()
+    assert not states
+    states["p"]["step"] = 1
+    assert not facts.hold()
+
+
+def test_a_sequential_that_grows_is_read_again(device: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).to(device)
+    assert isinstance(find_net(model), Net)
+    model.append(nn.Tanh())
+    assert (
+        find_net(model) == "the model is Linear, ReLU, Linear, Tanh and not Linear, ReLU, Linear, one after the other"
+    )

@@ -433,3 +433,16 @@ def test_gradients_of_class_weights_under_transforms() -> None:
         of_one = torch.compile(torch.func.grad(lambda w, f=f: f(x, q, w)), fullgraph=True, backend="aot_eager")
         results.append((over(weights), of_one(weights[0])))
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (5, 4, 3), (5, 4, 3, 2)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.uint8], ids=str)
+def test_small_labels_without_triton(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """PyTorch takes uint8 for [N, C] alone, and the others nowhere."""
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    x, target = torch.randn(shape), torch.randint(4, (shape[0], *shape[2:]))
+    expected = F.cross_entropy(x, target)
+    torch.testing.assert_close(functional.cross_entropy(x, target.to(dtype)), expected)
+    assert dispatch.explain(functional.cross_entropy, x, target.to(dtype))[0].implementation == "PyTorch"

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -344,3 +345,25 @@ def test_without_a_compiler_the_build_succeeds(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert list(tmp_path.glob("**/fusednn/training/native.py"))
     assert not list(tmp_path.glob("**/_native*"))
+
+
+def test_another_thread_may_exchange_memory_meanwhile() -> None:
+    """The steps under way are made where the parameters lay when they began."""
+    x, targets = data("cpu", 2000)
+    model = net("cpu")
+    done = threading.Event()
+
+    def exchange() -> None:
+        while not done.is_set():
+            for parameter in model.parameters():
+                parameter.data = parameter.data.clone()
+
+    thread = threading.Thread(target=exchange)
+    thread.start()
+    try:
+        with suppress(RuntimeError):  # it is the loop's to say that a gradient has lost its parameter's memory
+            for _ in range(20):
+                train_steps(model, adam(model.parameters()), x, targets, epochs=2)
+    finally:
+        done.set()
+        thread.join()

@@ -1,9 +1,7 @@
 """train_steps against the reference loop: every engine, optimizer, option and corner of the data."""
 
 import copy
-import threading
 import warnings
-from contextlib import suppress
 from decimal import Decimal
 from typing import Any
 
@@ -569,25 +567,3 @@ def test_explain_with_no_steps_trains_nothing(device: str) -> None:
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert not optimizer.state
     assert all(parameter.grad is not None for parameter in model.parameters())
-
-
-def test_another_thread_may_exchange_memory_meanwhile() -> None:
-    """The steps under way are made where the parameters lay when they began."""
-    x, targets = data("cpu", 2000)
-    model = net("cpu")
-    done = threading.Event()
-
-    def exchange() -> None:
-        while not done.is_set():
-            for parameter in model.parameters():
-                parameter.data = parameter.data.clone()
-
-    thread = threading.Thread(target=exchange)
-    thread.start()
-    try:
-        with suppress(RuntimeError):  # it is the loop's to say that a gradient has lost its parameter's memory
-            for _ in range(20):
-                train_steps(model, adam(model.parameters()), x, targets, epochs=2)
-    finally:
-        done.set()
-        thread.join()

@@ -3,6 +3,7 @@ or PyTorch's own operators. :func:`explain` tells, :func:`strict` forbids the la
 besides: :func:`check_labels`.
 """
 
+import importlib
 import importlib.util
 import os
 import threading
@@ -20,11 +21,11 @@ try:
 except (ImportError, ValueError):  # an import hook, or a stand-in without a spec, hides it
     HAS_TRITON = False
 
-native: Any
 try:
-    from . import _native as native  # type: ignore[attr-defined,no-redef]
+    native: Any = importlib.import_module("fusednn._native")
 except ImportError:  # there was no compiler when fusednn was installed
     native = None
+"""The code in C++, of kernels/native."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """What the kernels take."""

@@ -40,7 +40,7 @@ def test_the_layers_hold(copy: Path) -> None:
         ("fusednn/reference.py", "from . import functional"),
         ("fusednn/ops/linear.py", "from fusednn import functional"),
         ("fusednn/modules.py", "from .fuse import unfuse"),
-        ("fusednn/reading.py", "from .fuse import fuse"),
+        ("fusednn/reading/reader.py", "from ..fuse import fuse"),
         ("fusednn/fuse.py", "from .training import train_steps"),
         ("fusednn/training/plan.py", "import fusednn.app.cli"),
         ("kernels/mlp_training.py", "import fusednn.training"),

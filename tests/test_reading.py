@@ -382,8 +382,8 @@ def test_a_bias_of_another_shape_is_the_loops() -> None:
 @pytest.fixture(params=["C++", "Python"])
 def facts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Facts:
     if request.param == "Python":
-        monkeypatch.setattr(reading, "native", None)
-    elif reading.native is None:
+        monkeypatch.setattr(reading.facts, "native", None)
+    elif reading.facts.native is None:
         pytest.skip("the native engine was not built")
     return Facts()
 

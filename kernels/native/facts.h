@@ -1,5 +1,5 @@
 // Whether what Python objects were asked for before still has the same answers: a call of train_steps looks at a hundred
-// and fifty of them, and in Python that takes as long as a training step. fusednn/reading.py says what they are.
+// and fifty of them, and in Python that takes as long as a training step. fusednn/reading/facts.py says what they are.
 
 #pragma once
 

@@ -1,0 +1,165 @@
+"""Reads a whole model, all of which has to be understood."""
+
+import ast
+from types import CellType, FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from .facts import GONE, Facts
+from .nodes import Node, Reading, Unread
+from .reader import Frame, Reader, plain_class
+from .sources import Source
+
+
+class _Whole(Reader):
+    """Reads a whole model as it is now: attributes have their values, and the forwards of its modules are read too."""
+
+    inline = True
+
+    def __init__(self, facts: Facts) -> None:
+        super().__init__(bool)
+        self.facts = facts
+
+    def item(self, owner: Any, name: str, key: Any) -> Any:
+        return self.facts.item(owner, name, key)
+
+    def note_cell(self, cell: CellType) -> Any:
+        return self.facts.attribute(cell, "cell_contents")
+
+    def note_length(self, module: nn.Module) -> None:
+        self.facts.length(module, "_modules")
+
+    def constant(self, value: Any, name: str) -> Any:
+        return value
+
+    def source_of(self, function: Any) -> Source:
+        for name in ("__code__", "__defaults__", "__kwdefaults__"):
+            self.facts.attribute(function, name)
+        return super().source_of(function)
+
+    def call_module(
+        self, frame: Frame, call: ast.Call, module: nn.Module, args: list[Any], kwargs: dict[str, Any]
+    ) -> Any:
+        if kwargs or len(args) != 1 or not isinstance(args[0], Node):
+            return self.refuse(frame, call)
+        self.facts.attribute(module, "__class__")
+        return self.run(module, args[0], self.text(frame, call))
+
+    def run(self, module: nn.Module, x: Node, text: str = "") -> Any:
+        """What `module` makes of x."""
+        kind = plain_class(type(module))
+        if (reason := self.against(module)) is not None:
+            raise Unread(reason)
+        if kind in _DROPOUTS:
+            for name in ("training", "p"):
+                self.item(module, "__dict__", name)
+        if is_transparent(module):
+            return x
+        inner: list[str] | None = None
+        if kind is nn.Sequential:
+            inner = list(module._modules)
+            self.note_length(module)
+        elif kind.__qualname__ == "SimpleNN" and kind.__module__ == "fusednn.modules":
+            inner = ["fc1", "relu", "fc2"]
+        elif not kind.__module__.startswith(_KNOWN):
+            return self.run_own(module, kind, x, text)
+        if inner is None:
+            return self.add(Node("module", module, (x,), text=text))
+        for name in inner:
+            child = self.item(module, "_modules", name)
+            if not isinstance(child, nn.Module) or not isinstance(x, Node):
+                raise Unread(f"{kind.__name__} has no {name}, or it gets no tensor")
+            self.facts.attribute(child, "__class__")
+            x = self.run(child, x, text)
+        return x
+
+    def run_own(self, module: nn.Module, kind: type, x: Node, text: str) -> Any:
+        """What a module of a user's class makes of x."""
+        place = next(place for place in kind.__mro__ if "forward" in vars(place))
+        function = self.facts.attribute(kind, "forward")
+        if not isinstance(function, FunctionType):
+            raise Unread(f"the forward of {kind.__name__} is not a plain function")
+        if place.__module__.startswith(_KNOWN):
+            return self.add(Node("module", module, (x,), text=text))
+        return self.call_function(function, place, module, [x], {})
+
+    def against(self, module: nn.Module) -> str | None:
+        """Why nobody can tell what a call of `module` does, or who watches it do so."""
+        kind = type(module)
+        if isinstance(module, torch.jit.ScriptModule):
+            return "the model is scripted or traced: pass the one that it was made of"
+        if kind.__module__.startswith("torch._dynamo.") or getattr(module, "_compiled_call_impl", None) is not None:
+            return "the model is compiled: pass the one that torch.compile was given"
+        if kind.__module__.startswith(_PARALLEL):
+            return "the model is spread over devices"
+        if any(self.facts.attribute(kind, name) is not value for name, value in _CALLS):
+            return "the model has a __call__ of its own, or other attributes than it seems to have"
+        for name in ("forward", "_compiled_call_impl", "_call_impl"):
+            if self.item(module, "__dict__", name) not in (GONE, None):
+                return "a forward was replaced"
+        return "the model has hooks" if any(self.facts.length(module, hooks) for hooks in HOOKS) else None
+
+
+_KNOWN = ("torch.", "fusednn.modules", "fusednn.fuse")
+_PARALLEL = ("torch.nn.parallel.", "torch.distributed.")
+_CALLS = [(name, getattr(nn.Module, name)) for name in ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__")]
+_CALLS.append(("__getattribute__", object.__getattribute__))
+
+
+UNTOUCHED: list[tuple[Any, str, Any]] = [
+    (owner, name, getattr(owner, name))
+    for owner, names in (
+        (nn.Linear, "forward"), (nn.ReLU, "forward"), (nn.Sequential, "forward"), (nn.Flatten, "forward"),
+        (nn.Identity, "forward"), (nn.Dropout, "forward"), (nn.CrossEntropyLoss, "forward"),
+        (F, "linear relu relu_ cross_entropy dropout"), (torch, "relu relu_ flatten"),
+        (Tensor, "relu relu_ flatten view reshape backward __getitem__ detach"), (torch.autograd, "backward grad"),
+    )
+    for name in names.split()
+]  # fmt: skip
+"""What the engines take for granted, as it was when this module was imported."""
+
+
+def against_all(facts: Facts) -> str | None:
+    """Why no model is read, whatever it is: all modules have hooks, or PyTorch itself was changed."""
+    if any(facts.length(torch_module, name) for name in vars(torch_module) if _is_of_all(name)):
+        return "all modules have hooks"
+    for owner, name, value in UNTOUCHED:
+        if facts.attribute(owner, name) is not value:
+            return f"{owner.__name__}.{name} was changed"
+    return None
+
+
+def _is_of_all(name: str) -> bool:
+    return name.startswith("_global_") and name.endswith("_hooks")
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where a module has those who watch its calls."""
+
+
+def is_transparent(module: nn.Module) -> bool:
+    """Whether `module` hands on what it gets, as it is."""
+    kind = type(module)
+    return kind is nn.Identity or (kind in _DROPOUTS and (not module.training or bool(module.p == 0)))
+
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+def read(model: nn.Module, facts: Facts) -> Reading | str:
+    """What `model`, called with one tensor and nothing else, does, or why that is not known.
+
+    It is read in the mode that it is in, with the grad mode on. The first node is its input.
+    """
+    if (reason := against_all(facts)) is not None:
+        return reason
+    reader, x = _Whole(facts), Node("input", "the input")
+    reader.nodes.append(x)
+    try:
+        return Reading(reader.nodes, reader.run(model, x))
+    except Unread as unread:
+        return str(unread)

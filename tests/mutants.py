@@ -50,7 +50,9 @@ def of(file: str, kernel: str, *changes: tuple[str, str, str]) -> list[Mutant]:
 
 LINEAR, NUMERICS, LAUNCH = "kernels/linear.py", "kernels/numerics.py", "kernels/launch.py"
 LAUNCHER, CROSS_ENTROPY = "kernels/cross_entropy.py", "kernels/cross_entropy_kernels.py"
-NATIVE, PRODUCTS, UPDATE = (f"kernels/native/{name}" for name in ("mlp_training.cpp", "products.h", "adam.h"))
+NATIVE, PRODUCTS, UPDATE, FACTS = (
+    f"kernels/native/{name}" for name in ("mlp_training.cpp", "products.h", "adam.h", "facts.h")
+)
 TRAINING, ADAM, OPTIMIZERS = "kernels/mlp_training.py", "kernels/adam.py", "fusednn/training/optimizers.py"
 
 MUTANTS = [
@@ -370,12 +372,13 @@ MUTANTS = [
     ),
     *of(
         OPTIMIZERS,
-        "_table",
-        ("bias correction", "lr / (1 - _power(beta1, t))", "lr"),
-        ("root of the second", "(1 - _power(beta2, t)).rsqrt()", "1.0"),
-        ("step of the state", "count.to(device, torch.float64) + torch.arange", "torch.arange"),
-        ("decoupled decay", "1 - lr * decay", "1 - decay"),
-        ("dampened at first", "table[0, UNDAMPED] = 1.0", "pass"),
+        "_columns",
+        ("bias correction", "[lr / unbiased,", "[lr,"),
+        ("root of the second", "_one_over_root(1 - power2)", "1.0"),
+        ("step of the state", "[count + step for", "[step for"),
+        ("step of the state, one step", "beta1 ** (count + 1)", "beta1 ** 1"),
+        ("decoupled decay", "return [lr / unbiased, decay, 1 - lr * decay", "return [lr / unbiased, decay, 1 - decay"),
+        ("dampened at first", "_series([1.0, *", "_series([0.5, *"),
     ),
     *in_native(
         PRODUCTS,
@@ -405,7 +408,6 @@ MUTANTS = [
         NATIVE,
         "loss_row",
         ("NaN is the largest", "std::isnan(value) && !std::isnan(best)", "false"),
-        ("labels out of range", "known = label >= 0 && label < O", "known = true"),
         ("rows that are ignored", "sums.counted += ignored ? 0 : 1", "sums.counted += 1"),
         ("weights of the smoothing", "kept + share * all_weights", "kept + share"),
         ("largest not taken off", "T shifted = y[o * stride_y] - largest", "T shifted = y[o * stride_y]"),
@@ -417,6 +419,35 @@ MUTANTS = [
         ("no rows, no gradient", "job.mean && sums.counted > 0", "job.mean"),
         ("zero by zero", "if (sums.weight == 0)", "if (false)"),
     ),
+    *in_native(
+        NATIVE,
+        "is_bad",
+        ("the first label past the end", "label >= classes", "label > classes"),
+        ("labels that are ignored", " && label != ignore_index", ""),
+    ),
+    *in_native(
+        NATIVE,
+        "finds_bad_label",
+        ("stride of the targets", "job.targets[rows[b] * job.stride_t]", "job.targets[rows[b]]"),
+        ("the first step alone", "rows += size;", "break;"),
+    ),
+    *in_native(
+        NATIVE,
+        "count_steps",
+        ("one for all", "float(job.steps)", "1"),
+        ("a count in double", "job.double_counts >> p & 1", "false"),
+    ),
+    *in_native(
+        FACTS,
+        "hold",
+        ("lengths", "found && PyObject_Size(found) == fact.length", "found"),
+        (
+            "what is gone",
+            "(found ? found : facts->gone) == referent(fact.value)",
+            "!found || found == referent(fact.value)",
+        ),
+    ),
+    *in_native(FACTS, "*get", ("a defaultdict", "if (PyDict_Check(mapping))", "if (PyDict_CheckExact(mapping))")),
     *in_native(NATIVE, "step_on", ("row of the parameter", "row + p * ROW", "row")),
     *in_native(
         NATIVE,
@@ -456,8 +487,10 @@ TESTS = {
     OPTIMIZERS: ["tests/training"],
 }
 TESTS[NATIVE] = TESTS[PRODUCTS] = TESTS[UPDATE] = [
-    "tests/training/test_native.py", "tests/training/test_train_steps.py", "-k", "native",
+    "tests/training/test_native.py", "tests/training/test_train_step.py", "tests/training/test_train_steps.py",
+    "-k", "native",
 ]  # fmt: skip
+TESTS[FACTS] = ["tests/test_reading.py"]
 
 
 def survives(mutant: Mutant) -> bool:
@@ -467,7 +500,7 @@ def survives(mutant: Mutant) -> bool:
         ignored = shutil.ignore_patterns(".*", "__pycache__", "runs", "*.egg-info")
         shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
         (copy / mutant.file).write_text(mutant.source())
-        if mutant.file in (NATIVE, PRODUCTS, UPDATE):
+        if mutant.file.startswith("kernels/native/"):
             for built in (copy / "fusednn").glob("_native*"):
                 built.unlink()
             build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]

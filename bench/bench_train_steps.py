@@ -25,7 +25,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fusednn import CrossEntropyLoss, SimpleNN, explain, reference, train_steps
+from fusednn import CrossEntropyLoss, SimpleNN, explain, make_train_step, reference, train_steps
 from fusednn.training import plan
 
 from .conftest import PRETEND, Told, capture, cold, compiled, need
@@ -53,7 +53,10 @@ COMPILE_SECONDS = 25
 
 
 class Implementation(NamedTuple):
-    """A net, a loss, options of Adam, and how Python runs the steps: "eager", "compile", "graph" or "train_steps"."""
+    """A net, a loss, options of Adam, and how Python runs the steps.
+
+    `way` is "eager", "compile", "graph", "train_steps" or "make_train_step".
+    """
 
     network: Callable[[int, int, int], nn.Module] = reference.SimpleNN
     criterion: Callable[[], nn.Module] = nn.CrossEntropyLoss
@@ -64,6 +67,7 @@ class Implementation(NamedTuple):
 IMPLEMENTATIONS = {
     "eager": Implementation(),
     "fusednn": Implementation(way="train_steps"),
+    "fusednn, a batch at a time": Implementation(way="make_train_step"),
     "CUDA graph": Implementation(adam=("capturable",), way="graph"),
     "CUDA graph, fused Adam": Implementation(adam=("capturable", "fused"), way="graph"),
     "eager, fused Adam": Implementation(adam=("fused",)),
@@ -130,6 +134,9 @@ class Loop:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.01, **options)
         self.generator = torch.Generator(device)
         self.advance = compiled(self.step) if self.way == "compile" else self.step
+        self.ours = make_train_step(self.model, self.optimizer, self.criterion)
+        if self.way == "make_train_step":
+            self.advance = self.step_of_ours
         if self.way == "graph":
             self.rows = torch.arange(case.batch, device=device)
             self.graph = capture(self.captured, 1)
@@ -159,6 +166,11 @@ class Loop:
         self.optimizer.step()
         result: Tensor = loss.detach()
         return result
+
+    def step_of_ours(self, rows: Tensor) -> Tensor:
+        """The same by make_train_step."""
+        loss: Tensor = self.ours(self.inputs[rows], self.targets[rows])
+        return loss
 
     def captured(self) -> None:
         """What the graph replays: a step on the rows that lie in its buffer."""

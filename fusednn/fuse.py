@@ -59,9 +59,10 @@ class FusedLinear(Linear):
             return functional.linear_relu(input, self.weight, self.bias)
         if not self.applies_relu:
             return functional.linear(input, self.weight, self.bias)
-        if not all(unobserved(self, behind) for behind in self.fused_relus or (_FUNCTION,)):
-            _note_hooks()
-            return functional.linear(input, self.weight, self.bias)
+        for behind in self.fused_relus or (_FUNCTION,):
+            if not unobserved(self, behind):
+                _note_hooks()
+                return functional.linear(input, self.weight, self.bias)
         y = functional.linear_relu(input, self.weight, self.bias)
         y._relu_applied = True  # type: ignore[attr-defined]
         return y
@@ -91,7 +92,10 @@ class FusedReLU(nn.ReLU):
 
     def forward(self, input: Tensor) -> Tensor:
         """`input` if a FusedLinear marked it, else the ReLU of it."""
-        return relu_unless_applied(super().forward, input)
+        if getattr(input, "_relu_applied", False) is not True:
+            return super().forward(input)
+        input._relu_applied = False  # type: ignore[attr-defined]
+        return input
 
     def __prepare_scriptable__(self) -> nn.Module:
         return _as_it_was(self)

@@ -140,6 +140,26 @@ def train_steps(
     return trace, torch.stack(accuracies) if accuracies else inputs.new_empty(0)
 
 
+def make_train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+    *,
+    lr_schedule: Any = None,
+    return_accuracy: bool = False,
+) -> Callable[[Tensor, Tensor], Any]:
+    """What :func:`fusednn.make_train_step` stands for: a function that makes a step of the same loop on a batch."""
+
+    def step(inputs: Tensor, targets: Tensor) -> Any:
+        traces = train_steps(
+            model, optimizer, inputs, targets, batch_size=max(1, len(inputs)), steps=1, shuffle=False,
+            criterion=criterion, lr_schedule=lr_schedule, return_accuracy=return_accuracy,
+        )  # fmt: skip
+        return tuple(trace[0] for trace in traces) if return_accuracy else traces[0]
+
+    return step
+
+
 _LOGITS = (nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits)
 _PROBABILITIES = (nn.BCELoss, F.binary_cross_entropy)
 _CLASSLESS = (

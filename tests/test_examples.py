@@ -34,8 +34,13 @@ def losses(source: str, interpreted: str) -> list[float]:
             "from fusednn import SimpleNN, train_steps",
             "from fusednn.reference import SimpleNN, train_steps",
         ),
+        (
+            "data_loader.py",
+            "from fusednn import SimpleNN, make_train_step",
+            "from fusednn.reference import SimpleNN, make_train_step",
+        ),
     ],
-    ids=["simple_nn", "train_steps"],
+    ids=["simple_nn", "train_steps", "data_loader"],
 )
 def test_is_the_textbook_script(name: str, line: str, plain_line: str, interpreted: str) -> None:
     """With its one import line changed back it is a plain PyTorch script; losses agree from the same seed."""

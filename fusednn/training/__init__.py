@@ -85,9 +85,13 @@ def train_steps(
 
     Returns the loss of every step [steps], on the device of the model and without waiting for it; with
     `return_accuracy` also each batch's accuracy: of its rows that are not ignored the share whose largest logit is the
-    target's, NaN where there is none.
+    target's, NaN where there is none. For binary cross entropy, and where the output is one column, it is the share on
+    the right side of 0 (of 1/2 for nn.BCELoss).
 
     * `criterion`: nn.CrossEntropyLoss() if it is None.
+    * `start_step=k`: as if this call had made k of its steps before. Their rows are drawn and passed over, from the
+      generator as it was when they were, and `done` and `chunk_steps` count on. With the model, the optimizer and the
+      schedule as they were after k steps a run goes on to the bits of one that was not stopped.
     * `lr_schedule`: a scheduler of torch.optim.lr_scheduler, stepped after every step. It may be stepped ahead of the
       training: what a LambdaLR calls should look at its argument alone.
     * `order`: "torch", or "philox", which draws the order of epoch e, counted from the begin of the call, from `seed`
@@ -103,14 +107,15 @@ def train_steps(
     was told of. What a model of a class of its own computes is read in the source of its forward; nothing of it runs to
     find that out. Where a line is not understood, "looped" serves, and `explain` quotes it.
 
-    Who runs the steps `explain` tells: "resident", where model is Linear, ReLU, Linear of a moderate size in float32 or
+    `explain` tells who runs the steps, and with ``steps=0`` who would: "resident", where model is Linear, ReLU, Linear of a moderate size in float32 or
     float64 on a GPU, the criterion nn.CrossEntropyLoss and the optimizer torch.optim's Adam, AdamW or SGD without
     amsgrad: one program makes all steps, a launch for some 40 ms of them. "captured" is a step as a CUDA graph, where
     many programs make it sooner. "native" is the one program on a CPU: a loop in C++, in this thread alone. Or
     "looped", that loop itself, for all else, and why.
 
     Raises TypeError and ValueError for arguments that make no sense, ValueError for inputs and targets of different
-    lengths, RuntimeError for those on another device than the model. A label out of range raises IndexError on the CPU
+    lengths, and for `return_accuracy` of a loss that has no classes, RuntimeError for tensors on another device than the
+    model and for those without memory. A label out of range raises IndexError on the CPU
     and within :func:`fusednn.check_labels`, in the resident engine before the first step; on a GPU its row makes loss
     and parameters NaN. What the loop raises in a step it raises here, the steps before it done.
     """

@@ -146,16 +146,18 @@ def test_a_logit_of_nan_is_the_largest() -> None:
 
 
 def test_a_label_that_on_chunk_makes_wrong_raises() -> None:
-    """As in the loop, before the first step of its chunk."""
+    """As in the loop, before the first step of its chunk; here it is the last row of two steps, in a strided view."""
     x, targets = data("cpu")
+    targets = torch.stack([targets, torch.zeros_like(targets)], 1)[:, 0]
     model = net("cpu")
 
     def change(done: int, losses: torch.Tensor) -> None:
-        targets.fill_(2**40)
+        targets[-1] = 2**40
 
     optimizer = adam(model.parameters())
+    given: dict[str, Any] = {"steps": 4, "chunk_steps": 2, "batch_size": 16, "shuffle": False}
     with pytest.raises(IndexError, match=f"Target {2**40} is out of bounds"):
-        train_steps(model, optimizer, x, targets, steps=4, chunk_steps=2, on_chunk=change)
+        train_steps(model, optimizer, x, targets, on_chunk=change, **given)
     assert {state["step"].item() for state in optimizer.state.values()} == {2}
 
 

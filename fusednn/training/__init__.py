@@ -107,17 +107,17 @@ def train_steps(
     was told of. What a model of a class of its own computes is read in the source of its forward; nothing of it runs to
     find that out. Where a line is not understood, "looped" serves, and `explain` quotes it.
 
-    `explain` tells who runs the steps, and with ``steps=0`` who would: "resident", where model is Linear, ReLU, Linear of a moderate size in float32 or
-    float64 on a GPU, the criterion nn.CrossEntropyLoss and the optimizer torch.optim's Adam, AdamW or SGD without
-    amsgrad: one program makes all steps, a launch for some 40 ms of them. "captured" is a step as a CUDA graph, where
-    many programs make it sooner. "native" is the one program on a CPU: a loop in C++, in this thread alone. Or
-    "looped", that loop itself, for all else, and why.
+    `explain` tells who runs the steps, and with ``steps=0`` who would: "resident", where model is Linear, ReLU, Linear
+    of a moderate size in float32 or float64 on a GPU, the criterion nn.CrossEntropyLoss and the optimizer torch.optim's
+    Adam, AdamW or SGD without amsgrad: one program makes all steps, a launch for some 40 ms of them. "captured" is a
+    step as a CUDA graph, where many programs make it sooner. "native" is the one program on a CPU: a loop in C++, in
+    this thread alone. Or "looped", that loop itself, for all else, and why.
 
     Raises TypeError and ValueError for arguments that make no sense, ValueError for inputs and targets of different
-    lengths, and for `return_accuracy` of a loss that has no classes, RuntimeError for tensors on another device than the
-    model and for those without memory. A label out of range raises IndexError on the CPU
-    and within :func:`fusednn.check_labels`, in the resident engine before the first step; on a GPU its row makes loss
-    and parameters NaN. What the loop raises in a step it raises here, the steps before it done.
+    lengths, and for `return_accuracy` of a loss that has no classes, RuntimeError for tensors on another device than
+    the model and for those without memory. A label out of range raises IndexError on the CPU and within
+    :func:`fusednn.check_labels`, before the first step; on a GPU its row makes loss and parameters NaN. What the loop
+    raises in a step it raises here, the steps before it done.
     """
     job = check(
         model, optimizer, inputs, targets, batch_size=batch_size, epochs=epochs, steps=steps, start_step=start_step,

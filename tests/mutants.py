@@ -440,7 +440,7 @@ MUTANTS = [
     *in_native(
         FACTS,
         "hold",
-        ("lengths", "found && PyObject_Size(found) == fact.length", "found"),
+        ("lengths", "found && PyObject_Size(found) == fact.length", "found != nullptr"),
         (
             "what is gone",
             "(found ? found : facts->gone) == referent(fact.value)",

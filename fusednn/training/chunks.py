@@ -23,14 +23,21 @@ class Chunks:
     def __init__(self, job: Job, net: Net, first: int) -> None:
         """`first` is how many products the first chunk may have, which nobody has timed yet."""
         self.net, self.parameters = net, net.parameters
+        self.states: list[Tensor] = []
+        self.found: list[int] = []
         self.optimizer = KernelOptimizer(job.optimizer, net, job.lr_schedule)
         self.check_labels(job)
         self.begin(job)
         self.pace = Pace(job.inputs, first // products_of(job, net), MOST_STEPS)
 
     def lie_where_they_lay(self) -> bool:
-        """Whether parameters and state are known to have their memory where the last steps found it."""
-        return False
+        """Whether parameters and state have their memory where the last steps found it."""
+        return bool(self.found) and self.found == _memory(self.parameters + self.states)
+
+    def note_memory(self, taken: Steps) -> None:
+        """Note where parameters and state lie."""
+        self.states = [state for state in (*taken.firsts, *taken.seconds) if state is not None]
+        self.found = _memory(self.parameters + self.states)
 
     def begin(self, job: Job, rows: Rows | None = None) -> None:
         """Run `job` from now on, which may have other data, and nothing else that is new."""
@@ -66,6 +73,7 @@ class Chunks:
             "label_smoothing": criterion.label_smoothing,
         }
         losses, accuracies = self.train(order, taken, numbers)
+        self.note_memory(taken)
         torch.autograd.graph.increment_version(self.parameters)
         self.losses.append(losses)
         self.accuracies.append(accuracies)
@@ -77,6 +85,10 @@ class Chunks:
         Returns their losses and accuracies, [steps] each.
         """
         raise NotImplementedError
+
+
+def _memory(tensors: list[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
 
 
 def products_of(job: Job, net: Net) -> int:

@@ -88,6 +88,9 @@ class Native(Chunks):
         del held
         return losses, losses if accuracies is None else accuracies
 
+    def note_memory(self, taken: Steps) -> None:
+        """`held` has it."""
+
     def lie_where_they_lay(self) -> bool:
         """Whether parameters and state have their memory where the last steps found it, which the next one trusts."""
         self.trusts = self.held is not None and self.held.memory == self.held.memory_now()

@@ -126,6 +126,9 @@ class FusedSequential(nn.Sequential):
         return _as_it_was(self)
 
 
+reading.UNTOUCHED += [(kind, "forward", kind.forward) for kind in (FusedLinear, FusedReLU, FusedSequential)]
+
+
 def _note_hooks() -> None:
     dispatch.note(dispatch.Decision("relu", "PyTorch", "it or the Linear before it has hooks"))
 

@@ -439,13 +439,10 @@ MUTANTS = [
     ),
     *in_native(
         FACTS,
-        "hold",
+        "is_same",
         ("lengths", "found && PyObject_Size(found) == fact.length", "found != nullptr"),
-        (
-            "what is gone",
-            "(found ? found : facts->gone) == referent(fact.value)",
-            "!found || found == referent(fact.value)",
-        ),
+        ("what is gone", "(found ? found : gone) == before", "!found || found == before"),
+        ("keys", "PyObject_RichCompareBool(found, fact.value, Py_EQ)", "1"),
     ),
     *in_native(FACTS, "*get", ("a defaultdict", "if (PyDict_Check(mapping))", "if (PyDict_CheckExact(mapping))")),
     *in_native(NATIVE, "step_on", ("row of the parameter", "row + p * ROW", "row")),

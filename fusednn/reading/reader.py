@@ -185,7 +185,8 @@ class Reader:
             if name.id == "__class__":
                 return frame.owner
             cell = (frame.function.__closure__ or ())[code.co_freevars.index(name.id)]
-            return self.note_cell(cell)
+            value = self.in_cell(cell)
+            return self.refuse(frame, name) if value is GONE else value
         if name.id in code.co_varnames or name.id in code.co_cellvars:
             return self.refuse(frame, name)  # not assigned on this way
         function: Any = frame.function
@@ -198,9 +199,16 @@ class Reader:
         """What the mapping that is the attribute `name` of `owner` has at `key`, or GONE."""
         return getattr(owner, name).get(key, GONE)
 
-    def note_cell(self, cell: CellType) -> Any:
-        """What lies in a cell."""
-        return cell.cell_contents
+    def attribute_of_class(self, kind: type, name: str) -> Any:
+        """The attribute of a class, or GONE."""
+        return getattr(kind, name, GONE)
+
+    def in_cell(self, cell: CellType) -> Any:
+        """What lies in a cell, or GONE."""
+        try:
+            return cell.cell_contents
+        except ValueError:  # it is empty
+            return GONE
 
     def note_length(self, module: nn.Module) -> None:
         """All that `module` has was looked at."""
@@ -217,31 +225,29 @@ class Reader:
             return self.attribute_of_module(frame, expression, owner)
         if type(owner) is _Super:
             for kind in type(owner.module).__mro__[type(owner.module).__mro__.index(owner.kind) + 1 :]:
-                if isinstance(function := vars(kind).get(name), FunctionType):
+                if isinstance(function := self.item(kind, "__dict__", name), FunctionType):
                     return Method(owner.module, (function, kind))
         return self.other(frame, expression, name, [owner])
 
     def attribute_of_module(self, frame: Frame, expression: ast.Attribute, module: nn.Module) -> Any:
         """A module in it, a method of its class, or a constant."""
         name, kind = expression.attr, plain_class(type(module))
+        own, of_class = self.item(module, "__dict__", name), self.attribute_of_class(kind, name)
         for group in ("_modules", "_parameters", "_buffers"):
-            if name in getattr(module, group) and name not in vars(module) and not hasattr(kind, name):
+            if name in getattr(module, group) and own is GONE and of_class is GONE:
                 value = self.item(module, group, name)
                 known = value is None or isinstance(value, nn.Module)
                 return value if known else self.other(frame, expression, f"{name} by itself", [])
-        if name in vars(module) and not isinstance(getattr(kind, name, None), property):
-            value = self.item(module, "__dict__", name)
-            if type(value) in CONSTANTS or _is_known(value):
-                return self.constant(value, f"{frame.source.tree.args.args[0].arg}.{name}")
+        if own is not GONE and not isinstance(of_class, property):
+            if type(own) in CONSTANTS or _is_known(own):
+                return self.constant(own, f"{frame.source.tree.args.args[0].arg}.{name}")
             return self.other(frame, expression, name, [module])
         for place in kind.__mro__:
             if name in vars(place):
                 value = vars(place)[name]
                 if isinstance(value, FunctionType) and not place.__module__.startswith("torch."):
-                    self.item(place, "__dict__", name)
                     return Method(module, (value, place))
                 if type(value) in CONSTANTS:
-                    self.item(place, "__dict__", name)
                     return self.constant(value, name)
                 break
         return self.other(frame, expression, name, [module])
@@ -312,12 +318,12 @@ class Reader:
                 return value if isinstance(value, Undecided) else not value
             case ast.BoolOp():
                 stop = isinstance(expression.op, ast.Or)
-                for part in expression.values:
-                    value = self.truth(frame, part, self.value(frame, part))
-                    value = self.decide(value) if isinstance(value, Undecided) else value
-                    if value is stop:
-                        return stop
-                return not stop
+                for part in expression.values[:-1]:  # the first that decides it, as it is, or the last
+                    value = self.value(frame, part)
+                    truth = self.truth(frame, part, value)
+                    if (self.decide(truth) if isinstance(truth, Undecided) else truth) is stop:
+                        return value
+                return self.value(frame, expression.values[-1])
             case ast.Compare(ops=[ast.Is() | ast.IsNot() as operator]):
                 values = [self.value(frame, expression.left), self.value(frame, expression.comparators[0])]
                 return self.compare(frame, expression, values, isinstance(operator, ast.IsNot))

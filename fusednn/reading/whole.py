@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from .. import modules
 from .facts import GONE, Facts
 from .nodes import Node, Reading, Unread
 from .reader import Frame, Reader, plain_class
@@ -27,18 +28,23 @@ class _Whole(Reader):
     def item(self, owner: Any, name: str, key: Any) -> Any:
         return self.facts.item(owner, name, key)
 
-    def note_cell(self, cell: CellType) -> Any:
-        return self.facts.attribute(cell, "cell_contents")
+    def attribute_of_class(self, kind: type, name: str) -> Any:
+        return self.facts.attribute(kind, name)
+
+    def in_cell(self, cell: CellType) -> Any:
+        self.facts.never()  # what holds a cell may hold the model
+        return super().in_cell(cell)
 
     def note_length(self, module: nn.Module) -> None:
-        self.facts.length(module, "_modules")
+        self.facts.keys(module, "_modules")
 
     def constant(self, value: Any, name: str) -> Any:
         return value
 
     def source_of(self, function: Any) -> Source:
-        for name in ("__code__", "__defaults__", "__kwdefaults__"):
-            self.facts.attribute(function, name)
+        self.facts.attribute(function, "__code__")
+        if function.__defaults__ or function.__kwdefaults__:
+            self.facts.never()  # they are tuples and dicts of anything
         return super().source_of(function)
 
     def call_module(
@@ -91,15 +97,18 @@ class _Whole(Reader):
         """Why nobody can tell what a call of `module` does, or who watches it do so."""
         kind = type(module)
         if isinstance(module, torch.jit.ScriptModule):
+            self.facts.never()
             return "the model is scripted or traced: pass the one that it was made of"
         if kind.__module__.startswith("torch._dynamo.") or getattr(module, "_compiled_call_impl", None) is not None:
+            self.facts.never()
             return "the model is compiled: pass the one that torch.compile was given"
         if kind.__module__.startswith(_PARALLEL):
             return "the model is spread over devices"
         if any(self.facts.attribute(kind, name) is not value for name, value in _CALLS):
             return "the model has a __call__ of its own, or other attributes than it seems to have"
         for name in ("forward", "_compiled_call_impl", "_call_impl"):
-            if self.item(module, "__dict__", name) not in (GONE, None):
+            found = self.item(module, "__dict__", name)
+            if found is not GONE and found is not None:
                 return "a forward was replaced"
         return "the model has hooks" if any(self.facts.length(module, hooks) for hooks in HOOKS) else None
 
@@ -115,12 +124,14 @@ UNTOUCHED: list[tuple[Any, str, Any]] = [
     for owner, names in (
         (nn.Linear, "forward"), (nn.ReLU, "forward"), (nn.Sequential, "forward"), (nn.Flatten, "forward"),
         (nn.Identity, "forward"), (nn.Dropout, "forward"), (nn.CrossEntropyLoss, "forward"),
+        (modules.Linear, "forward"), (modules.LinearReLU, "forward"), (modules.SimpleNN, "forward"),
+        (modules.CrossEntropyLoss, "forward"),
         (F, "linear relu relu_ cross_entropy dropout"), (torch, "relu relu_ flatten"),
         (Tensor, "relu relu_ flatten view reshape backward __getitem__ detach"), (torch.autograd, "backward grad"),
     )
     for name in names.split()
 ]  # fmt: skip
-"""What the engines take for granted, as it was when this module was imported."""
+"""What the engines take for granted, as it was when it was imported; fuse adds its own."""
 
 
 def against_all(facts: Facts) -> str | None:

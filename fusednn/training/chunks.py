@@ -24,20 +24,23 @@ class Chunks:
         """`first` is how many products the first chunk may have, which nobody has timed yet."""
         self.net, self.parameters = net, net.parameters
         self.states: list[Tensor] = []
-        self.found: list[int] = []
+        self.found: list[Any] = []
         self.optimizer = KernelOptimizer(job.optimizer, net, job.lr_schedule)
         self.check_labels(job)
         self.begin(job)
         self.pace = Pace(job.inputs, first // products_of(job, net), MOST_STEPS)
 
     def lie_where_they_lay(self) -> bool:
-        """Whether parameters and state have their memory where the last steps found it."""
-        return bool(self.found) and self.found == _memory(self.parameters + self.states)
+        """Whether parameters and state lie where the last steps found them, in the same shape."""
+        return bool(self.found) and self.found == self._places()
 
     def note_memory(self, taken: Steps) -> None:
         """Note where parameters and state lie."""
         self.states = [state for state in (*taken.firsts, *taken.seconds) if state is not None]
-        self.found = _memory(self.parameters + self.states)
+        self.found = self._places()
+
+    def _places(self) -> list[Any]:
+        return [*places_of(self.parameters), *[state.data_ptr() for state in self.states]]
 
     def begin(self, job: Job, rows: Rows | None = None) -> None:
         """Run `job` from now on, which may have other data, and nothing else that is new."""
@@ -87,8 +90,9 @@ class Chunks:
         raise NotImplementedError
 
 
-def _memory(tensors: list[Tensor]) -> list[int]:
-    return [tensor.data_ptr() for tensor in tensors]
+def places_of(tensors: list[Tensor]) -> list[Any]:
+    """Where each begins, its shape and its strides: what `.data =` and `t_()` change of the same tensor."""
+    return [(tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors]
 
 
 def products_of(job: Job, net: Net) -> int:

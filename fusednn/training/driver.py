@@ -25,7 +25,7 @@ def run(job: Job, on_chunk: OnChunk | None, chunk_steps: int | None) -> tuple[Te
     choice = choose(job)
     if dispatch.watched():
         dispatch.note(dispatch.Decision("train_steps", choice.engine, choice.reason))
-    engine = _start(choice)
+    engine = start(choice)
     try:
         _advance(engine, job, choice, on_chunk, chunk_steps)
     finally:
@@ -37,7 +37,7 @@ def run(job: Job, on_chunk: OnChunk | None, chunk_steps: int | None) -> tuple[Te
     return losses, accuracies
 
 
-def _start(choice: Choice) -> Any:
+def start(choice: Choice) -> Any:
     """The engine, with what it is given."""
     job = choice.job
     if choice.engine == "native":
@@ -126,6 +126,7 @@ class TrainStep:
         self._training = model, optimizer, criterion, lr_schedule, return_accuracy
         self._choice: Choice | None = None
         self._kernels: Any = None
+        self._kind: Any = None
         self._rows = All()
         self._unread = self._wait = 0
         self.engine: str | None = None
@@ -143,6 +144,7 @@ class TrainStep:
             choice = self._choice
             if choice is None or not self._kernels.lie_where_they_lay() or not choice.is_for(job):
                 self._choice, choice = None, choose(job)
+                job = choice.job  # its inputs may be a view of these
             if dispatch.watched():
                 dispatch.note(dispatch.Decision("train_step", choice.engine, choice.reason))
             self.engine = choice.engine
@@ -152,8 +154,8 @@ class TrainStep:
             else:
                 self._unread = 0
                 loss, right = self._launch(choice, job)
-                self._choice = choice.without_data()
-                self._kernels.job = self._choice.job
+                choice = choice.without_data()
+                self._choice, self._kernels.job = choice if inputs.dim() == 2 else None, choice.job
         return (loss, right) if job.return_accuracy else loss
 
     def _loop(self, job: Job) -> tuple[Tensor, Tensor | None]:
@@ -168,12 +170,13 @@ class TrainStep:
         return loss, right
 
     def _launch(self, choice: Choice, job: Job) -> tuple[Tensor, Tensor | None]:
-        engine = self._kernels
-        if engine is None or not all(map(operator.is_, engine.net, choice.net or ())):
-            self._kernels = engine = _start(choice)
+        assert choice.net is not None
+        engine, w = self._kernels, choice.net.w1
+        kind = choice.engine, w.dtype, w.device
+        if kind != self._kind or not all(map(operator.is_, engine.net, choice.net)):
+            self._kind, self._kernels = kind, (engine := start(choice))
         engine.optimizer.facts = choice.facts[1]
-        job = choice.job if choice.job.inputs.shape[0] else job
-        if not engine.optimizer.has_kept():
+        if choice.engine != "native" or not engine.optimizer.has_kept():  # the C++ code looks at labels itself
             engine.check_labels(job)
         engine.begin(job, self._rows.of(job.inputs))
         try:

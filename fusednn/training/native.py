@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import native, without_memory
-from .chunks import Chunks
+from .chunks import Chunks, places_of
 from .job import Job
 from .nets import Net
 from .optimizers import Rule, Steps
@@ -51,6 +51,8 @@ class Native(Chunks):
         targets, rule = job.targets.long(), taken.rule
         if not x.is_cpu or not targets.is_cpu:
             raise RuntimeError(f"the inputs came to {x.device}, and the targets to {targets.device}")
+        if x.shape[1] != self.net.w1.shape[1]:
+            raise RuntimeError(f"the inputs are {list(x.shape)}, and the net is {self.net}")
         held = x.untyped_storage(), targets.untyped_storage()  # whatever another thread makes of the tensors meanwhile
         losses = x.new_empty(steps)
         accuracies = x.new_empty(steps) if job.return_accuracy else None
@@ -130,16 +132,18 @@ class _Held:
             if tensor is None and needed[place] and tensors[1 + (place - 1) % 4] is not None:
                 raise RuntimeError(f"a {names[place]} is gone")
         self.tensors, self.key = tensors, (sizes, rule)
-        self.there = [tensor for tensor in tensors if tensor is not None]
-        self.storages = [tensor.untyped_storage() for tensor in self.there]
+        self.parameters = [tensor for tensor in tensors[1:5] if tensor is not None]
+        self.rest = [tensor for tensor in (tensors[0], *tensors[5:]) if tensor is not None]
+        self.storages = [tensor.untyped_storage() for tensor in (*self.parameters, *self.rest)]
         given = zip(names, tensors, dtypes, shapes, strict=True)
         self.addresses = [_address(name, tensor, kind, shape) for name, tensor, kind, shape in given]
         self.double_counts = sum((kind == torch.float64) << place for place, kind in enumerate(dtypes[13:]))
         self.memory = self.memory_now()
 
-    def memory_now(self) -> tuple[list[int], list[int]]:
-        """Where the tensors begin, and how many bytes their storages have."""
-        return [tensor.data_ptr() for tensor in self.there], [storage.nbytes() for storage in self.storages]
+    def memory_now(self) -> tuple[list[Any], list[int], list[int]]:
+        """Where parameters and the rest begin, and how many bytes the storages of all have."""
+        rest, storages = [tensor.data_ptr() for tensor in self.rest], [storage.nbytes() for storage in self.storages]
+        return places_of(self.parameters), rest, storages
 
 
 def _address(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> int:

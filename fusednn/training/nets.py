@@ -1,7 +1,7 @@
 """Finds the net that the training kernels run, Linear, ReLU, Linear, in a user's model."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
@@ -86,16 +86,32 @@ def _kept(kept: Any, model: Any, features: Features | None, find: Callable[..., 
         facts.never()
         return "the model is not a module", facts
     before = kept.get(model)
-    if before is None or before[0] is not type(model) or before[1] != features or not before[2].hold():
-        facts = Facts()
-        found: Any = reading.read(model, facts)
-        if isinstance(found, Reading):
-            found = find(model, found, features, facts)
-        if not isinstance(found, str):
-            found = [None if tensor is None else ref(tensor) for tensor in found]
-        kept[model] = before = type(model), features, facts, found
-    _, _, facts, found = before
-    return (found if isinstance(found, str) else [tensor and tensor() for tensor in found]), facts
+    if before is not None:
+        kind, shape, facts, found, kinds = before
+        if kind() is type(model) and shape == features and facts.hold():
+            if isinstance(found, str):
+                return found, facts
+            tensors = [None if tensor is None else tensor() for tensor in found]
+            if kinds == kinds_of(tensors):
+                return tensors, facts
+    facts = Facts()
+    found = reading.read(model, facts)
+    if isinstance(found, Reading):
+        found = find(model, found, features, facts)
+    weak, kinds = found, ()
+    if not isinstance(found, str):
+        weak, kinds = [None if tensor is None else ref(tensor) for tensor in found], kinds_of(found)
+    kept[model] = ref(type(model)), features, facts, weak, kinds
+    return found, facts
+
+
+def kinds_of(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """What may change of tensors that stay the same objects, other than their numbers."""
+    return tuple([tensor if tensor is None else _kind_of(tensor) for tensor in tensors])
+
+
+def _kind_of(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.device, tensor.shape, tensor.layout is torch.strided and tensor.is_contiguous()
 
 
 def _net_of(model: nn.Module, found: Reading, features: Features | None, facts: Facts) -> Net | str:
@@ -111,18 +127,22 @@ def _net_of(model: nn.Module, found: Reading, features: Features | None, facts: 
         kind = _kind(node, facts)
         if kind.startswith("linear"):
             weight, bias = (facts.item(node.what, "_parameters", name) for name in ("weight", "bias"))
+            facts.attribute(node.what, "__class__")
             if not isinstance(weight, Tensor) or weight.dim() != 2:
+                facts.never()  # its shape may change
                 return other
             if bias is not None and (not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]):
+                facts.never()
                 return "a bias has another shape than [out_features]"
             if features not in (None, weight.shape[1:]):
+                facts.never()
                 return f"a row of the inputs is {list(features or ())}, and the first Linear takes {weight.shape[1]}"
             features = (weight.shape[0],)
             parameters += [weight, bias]
             kinds += kind.split()
         elif kind == "relu":
             kinds += ["relu"] * (kinds[-1:] != ["relu"])
-        elif kind != "flatten" or (features := _flattened(node, features)) == ():
+        elif kind != "flatten" or (features := _flattened(node, features, facts)) == ():
             return other
     if kinds != ["linear", "relu", "linear"]:
         return other
@@ -148,7 +168,7 @@ def _kind(node: Node, facts: Facts) -> str:
     return names.get(kind, "other")
 
 
-def _flattened(node: Node, features: Features | None) -> Features | None:
+def _flattened(node: Node, features: Features | None, facts: Facts) -> Features | None:
     """The shape of a row behind a view: what it was as a vector, or () where that is not what the view makes of it."""
     if features == ():
         return ()
@@ -165,7 +185,7 @@ def _flattened(node: Node, features: Features | None) -> Features | None:
             return ()
         return (whole or columns,) if columns == whole or (whole is None and columns > 0) else _rest(columns, whole)
     if node.kind == "module":
-        ends = {"start_dim": node.what.start_dim, "end_dim": node.what.end_dim}
+        ends = {name: facts.item(node.what, "__dict__", name) for name in ("start_dim", "end_dim")}
     else:
         ends = dict(zip(("start_dim", "end_dim"), node.arguments[0], strict=False)) | dict(node.arguments[1])
     last = (-1,) if features is None else (-1, len(features))

@@ -74,10 +74,11 @@ def refusal(optimizer: Optimizer, parameters: list[Tensor], schedule: Any, facts
     replaced = facts.item(optimizer, "__dict__", "zero_grad") is not GONE
     if replaced or facts.attribute(kind, "zero_grad") is not _ZERO_GRAD:
         return "the optimizer's zero_grad was replaced"
-    if any(facts.item(optimizer, "__dict__", name) not in (GONE, None) for name in ("grad_scale", "found_inf")):
+    scales = [facts.item(optimizer, "__dict__", name) for name in ("grad_scale", "found_inf")]
+    if any(scale is not GONE and scale is not None for scale in scales):
         return "gradients are scaled"
     groups, is_sgd, on_cpu = optimizer.param_groups, kind is SGD, parameters[0].is_cpu
-    facts.attribute(optimizer, "param_groups")
+    facts.attribute(optimizer, "param_groups", held=True)
     facts.length(optimizer, "param_groups")
     for group in groups:
         options = {name: facts.item(group, None, name) for name in group if name not in _LR}
@@ -87,12 +88,18 @@ def refusal(optimizer: Optimizer, parameters: list[Tensor], schedule: Any, facts
         return "groups with and without momentum, or Nesterov's"
     if not is_sgd and len({group["decoupled_weight_decay"] for group in groups}) > 1:
         return "groups with and without decoupled weight decay"
-    facts.attribute(optimizer, "state")
+    facts.attribute(optimizer, "state", held=True)
     for parameter in parameters:
-        state = facts.item(optimizer, "state", parameter)
+        state = facts.item(optimizer, "state", parameter, held=True)
         if state is not GONE and (reason := _against_state(state, parameter, is_sgd, facts)) is not None:
             return reason
     return None
+
+
+def states_of(optimizer: Optimizer, parameters: list[Tensor]) -> list[Tensor]:
+    """The tensors of the state of these parameters."""
+    states = [optimizer.state.get(parameter, {}) for parameter in parameters]
+    return [value for state in states for value in state.values() if isinstance(value, Tensor)]
 
 
 _LR = ("lr", "initial_lr", "max_lr", "min_lr")
@@ -170,7 +177,7 @@ def _against_state(state: dict[str, Any], parameter: Tensor, is_sgd: bool, facts
     if is_sgd:
         return None
     count = found["step"]
-    complete = all(isinstance(tensor, Tensor) for tensor in found.values()) and count.numel() == 1
+    complete = all(isinstance(tensor, Tensor) for tensor in found.values()) and count.dim() == 0
     if not complete or count.dtype not in (torch.float32, torch.float64):
         return "the optimizer's state is not Adam's"
     return None
@@ -350,8 +357,9 @@ class KernelOptimizer:
 
     def finish(self) -> None:
         """Raise what the schedule raised, now that the steps before it are made."""
-        if self.error is not None:
-            raise self.error
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
 
     def _columns(self, count: float | Tensor, options: list[dict[str, Any]], steps: int, fresh: bool) -> list[Any]:
         """The rows of the table of a parameter that made `count` steps before: ROW columns, numbers or [steps] each.

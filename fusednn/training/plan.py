@@ -16,7 +16,7 @@ from . import optimizers
 from .chunks import products_of
 from .job import Job
 from .native import MACHINES, Native
-from .nets import Net, against_memory, find_pure, read_net
+from .nets import Net, against_memory, find_pure, kinds_of, read_net
 
 CAPTURED_STEPS = 50
 """Fewer steps are not worth the capture of a CUDA graph. Unmeasured."""
@@ -119,7 +119,7 @@ class _Read(NamedTuple):
     criterion: Any
     schedule: Any
     features: tuple[int, ...]
-    dtype: torch.dtype
+    kinds: tuple[Any, ...]
     facts: tuple[Facts, Facts]
     refusal: str | None
 
@@ -135,18 +135,19 @@ def _read(job: Job) -> tuple[Net | str, tuple[Facts, ...]]:
     net, net_facts = read_net(model, None if len(features) == 1 else features)
     if isinstance(net, str):
         return net, ()
+    kinds = inputs.dtype, *kinds_of(net), *kinds_of(optimizers.states_of(job.optimizer, net.parameters))
     before = _READ.get(job.optimizer)
     if not (
         before is not None and before.model() is model and before.criterion() is job.criterion
         and (schedule is None if before.schedule is None else before.schedule() is schedule)
-        and before.features == features and before.dtype is inputs.dtype
+        and before.features == features and before.kinds == kinds
         and before.facts[0] is net_facts and before.facts[1].hold()
     ):  # fmt: skip
         facts = Facts()
         refusal = _against_net(job, net) or _against_criterion(job, net.sizes[2], facts)
         refusal = refusal or optimizers.refusal(job.optimizer, net.parameters, schedule, facts)
         kept = None if schedule is None else _weakly(schedule)
-        before = _Read(ref(model), _weakly(job.criterion), kept, features, inputs.dtype, (net_facts, facts), refusal)
+        before = _Read(ref(model), _weakly(job.criterion), kept, features, kinds, (net_facts, facts), refusal)
         _READ[job.optimizer] = before
     parameters = net.parameters
     refusal = before.refusal or optimizers.refusal_now(job.optimizer, parameters)
@@ -309,7 +310,9 @@ def _against_criterion(job: Job, outputs: int | None, facts: Facts) -> str | Non
         return f"no training kernel for the criterion {getattr(criterion, '__name__', type(criterion).__name__)}"
     facts.attribute(criterion, "__class__")
     own = {name: facts.item(criterion, "__dict__", name) for name in (*_OPTIONS, "forward", "_compiled_call_impl")}
-    if own["forward"] is not GONE or own["_compiled_call_impl"] not in (GONE, None):
+    if own["forward"] is not GONE or (
+        own["_compiled_call_impl"] is not GONE and own["_compiled_call_impl"] is not None
+    ):
         return "the criterion's forward was replaced"
     ignored, reduction, smoothing = (own[name] for name in _OPTIONS)
     if type(ignored) is not int or not -(2**63) <= ignored < 2**63:
@@ -321,6 +324,8 @@ def _against_criterion(job: Job, outputs: int | None, facts: Facts) -> str | Non
     weight = facts.item(criterion, "_buffers", "weight")
     if weight is not None and weight is not GONE:
         plain = weight.dim() == 1 and weight.is_contiguous() and not facts.attribute(weight, "requires_grad")
+        if not plain or outputs not in (None, len(weight)) or weight.dtype != job.inputs.dtype:
+            facts.never()  # its shape and dtype may change
         if not plain or outputs not in (None, len(weight)):
             return "the class weights have another length than the outputs, gaps or a gradient"
         if facts.attribute(weight, "dtype") != job.inputs.dtype or weight.device != job.inputs.device:

@@ -12,10 +12,11 @@ namespace {
 
 const char *const FACTS = "fusednn.facts";
 
-enum Look { ITEM, ATTRIBUTE, LENGTH, LOOKS };
+enum Look { ITEM, ATTRIBUTE, LENGTH, KEYS, LOOKS };
 
 // ITEM: the mapping `owner`, or its attribute `name`, has `value` at `key`. ATTRIBUTE: that of `owner` is `value`. LENGTH:
-// that of the attribute of `owner` is `length`. Owner, key and value may be weak references, each to what it stands for.
+// that of the attribute of `owner` is `length`. KEYS: those of that mapping are the list `value`, in order. Owner, key and
+// value may be weak references, each to what it stands for.
 struct Fact {
     Look look;
     PyObject *owner, *name, *key, *value;
@@ -29,6 +30,7 @@ struct Facts {
 
 void forget(PyObject *capsule) {
     Facts *facts = static_cast<Facts *>(PyCapsule_GetPointer(capsule, FACTS));
+    if (!facts) return PyErr_Clear();
     for (const Fact &fact : facts->facts)
         for (PyObject *held : {fact.owner, fact.name, fact.key, fact.value}) Py_XDECREF(held);
     Py_DECREF(facts->gone);
@@ -43,16 +45,23 @@ PyObject *field(PyObject *tuple, Py_ssize_t place) {
     return found;
 }
 
-// facts(items, attributes, lengths, gone): lists of (owner, name or None, key, value), of (owner, name, value) and of
-// (owner, name, length), for `hold`.
+// facts(items, attributes, lengths, keys, gone): lists of (owner, name or None, key, value), of (owner, name, value), of
+// (owner, name, length) and of (owner, name, keys), for `hold`.
 PyObject *facts(PyObject *, PyObject *args) {
     PyObject *lists[LOOKS], *gone;
-    if (!PyArg_ParseTuple(args, "O!O!O!O", &PyList_Type, &lists[ITEM], &PyList_Type, &lists[ATTRIBUTE], &PyList_Type, &lists[LENGTH], &gone))
+    if (!PyArg_ParseTuple(
+            args, "O!O!O!O!O", &PyList_Type, &lists[ITEM], &PyList_Type, &lists[ATTRIBUTE], &PyList_Type, &lists[LENGTH],
+            &PyList_Type, &lists[KEYS], &gone
+        ))
         return nullptr;
     Facts *made = new Facts;
     Py_INCREF(gone);
     made->gone = gone;
     PyObject *capsule = PyCapsule_New(made, FACTS, forget);
+    if (!capsule) {
+        Py_DECREF(gone);
+        delete made;
+    }
     for (int look = ITEM; capsule && look < LOOKS; ++look)
         for (Py_ssize_t i = 0; capsule && i < PyList_Size(lists[look]); ++i) {
             PyObject *tuple = PyList_GetItem(lists[look], i);
@@ -67,8 +76,12 @@ PyObject *facts(PyObject *, PyObject *args) {
     return capsule;
 }
 
-// What `held` stands for; borrowed, None where it is gone.
-PyObject *referent(PyObject *held) { return PyWeakref_CheckRef(held) ? PyWeakref_GetObject(held) : held; }
+// What `held` stands for, as a new reference; None where it is gone.
+PyObject *referent(PyObject *held) {
+    PyObject *found = PyWeakref_CheckRef(held) ? PyWeakref_GetObject(held) : held;
+    Py_XINCREF(found);
+    return found;
+}
 
 // mapping.get(key): a new reference, or null, with an error or without.
 PyObject *get(PyObject *mapping, PyObject *key) {
@@ -83,12 +96,27 @@ PyObject *get(PyObject *mapping, PyObject *key) {
 // What was looked at: a new reference, or null, with an error or without.
 PyObject *look_at(const Fact &fact) {
     PyObject *owner = referent(fact.owner);
-    if (fact.look == ITEM && fact.name == Py_None) return get(owner, referent(fact.key));
-    PyObject *attribute = PyObject_GetAttr(owner, fact.name);
-    if (fact.look != ITEM || !attribute) return attribute;
-    PyObject *found = get(attribute, referent(fact.key));
-    Py_DECREF(attribute);
-    return found;
+    if (!owner) return nullptr;
+    PyObject *found = owner;
+    if (fact.look != ITEM || fact.name != Py_None) {
+        found = PyObject_GetAttr(owner, fact.name);
+        Py_DECREF(owner);
+    }
+    if (!found || fact.look == ATTRIBUTE || fact.look == LENGTH) return found;
+    PyObject *key = fact.look == ITEM ? referent(fact.key) : nullptr;
+    PyObject *inner = fact.look == KEYS ? PySequence_List(found) : key ? get(found, key) : nullptr;
+    Py_XDECREF(key);
+    Py_DECREF(found);
+    return inner;
+}
+
+// Whether `found`, or nothing, is what was found before; -1 for an error.
+int is_same(const Fact &fact, PyObject *found, PyObject *gone) {
+    if (fact.look == LENGTH) return found && PyObject_Size(found) == fact.length;
+    if (fact.look == KEYS) return found ? PyObject_RichCompareBool(found, fact.value, Py_EQ) : 0;
+    PyObject *before = referent(fact.value);
+    Py_XDECREF(before);  // it is only compared
+    return (found ? found : gone) == before;
 }
 
 // hold(facts): whether all is as it was.
@@ -101,10 +129,9 @@ PyObject *hold(PyObject *, PyObject *capsule) {
             if (!PyErr_ExceptionMatches(PyExc_AttributeError) && !PyErr_ExceptionMatches(PyExc_KeyError)) return nullptr;
             PyErr_Clear();
         }
-        const bool same = fact.look == LENGTH ? found && PyObject_Size(found) == fact.length
-                                              : (found ? found : facts->gone) == referent(fact.value);
+        const int same = is_same(fact, found, facts->gone);
         Py_XDECREF(found);
-        if (!same) return PyErr_Occurred() ? nullptr : PyBool_FromLong(0);
+        if (same != 1) return PyErr_Occurred() ? nullptr : PyBool_FromLong(0);
     }
     return PyBool_FromLong(1);
 }

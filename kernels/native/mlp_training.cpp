@@ -378,7 +378,7 @@ PyMethodDef methods[] = {
      "train_mlp(machine, is_double, addresses, numbers, smoothing): the members of Job, in their order."},
     {"bad_label", bad_label, METH_VARARGS,
      "bad_label(address, stride, size, classes, ignore_index): the first of the int64 labels out of range, or None."},
-    {"facts", facts, METH_VARARGS, "facts(items, attributes, lengths, gone): those of fusednn/reading/facts.py's Facts, for hold."},
+    {"facts", facts, METH_VARARGS, "facts(items, attributes, lengths, keys, gone): those of fusednn/reading/facts.py's Facts, for hold."},
     {"hold", hold, METH_O, "hold(facts): whether all is as it was."},
     {"machines", machines, METH_NOARGS, "The kinds of machine that this one is, and their numbers; the last is the best."},
     {nullptr, nullptr, 0, nullptr},

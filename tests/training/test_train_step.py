@@ -4,6 +4,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -278,6 +279,49 @@ def test_wrong_arguments() -> None:
         x = data("cpu")[0]
 
 
+class Cyclic(nn.Module):
+    """It has what leads back to it, in its own dict, in a cell and in its forward."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.fc1, self.relu, self.fc2 = nn.Linear(INPUTS, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, OUTPUTS)
+        self.act = self.swish if kind == "a method of its own" else self.relu
+        if kind == "a replaced forward":
+            self.forward = MethodType(Cyclic.swish, self)  # type: ignore[method-assign]
+
+    def swish(self, x: Tensor) -> Tensor:
+        return self.relu(x) if x.shape[-1] == HIDDEN else self.forward_of(x)
+
+    def forward_of(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc2(self.relu(self.fc1(x)))
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc2(self.act(self.fc1(x)))
+        return y
+
+
+@pytest.mark.parametrize("kind", ["plain", "a method of its own", "a replaced forward", "a replaced zero_grad"])
+def test_cycles_are_freed(device: str, kind: str) -> None:
+    model = Cyclic(kind).to(device)
+    optimizer = adam(model.parameters())
+    if kind == "a replaced zero_grad":
+        zero_grad = optimizer.zero_grad
+        optimizer.zero_grad = lambda *args: zero_grad()  # type: ignore[method-assign]
+    step = make_train_step(model, optimizer)
+    x, targets = data(device)
+    for _ in range(3):
+        step(x, targets)
+        train_steps(model, optimizer, x, targets, steps=1)
+    assert step.engine == (one_call(device) if kind == "plain" else "looped")
+    left = [weakref.ref(model), weakref.ref(optimizer)]
+    del model, optimizer, step
+    if kind == "a replaced zero_grad":
+        del zero_grad
+    gc.collect()
+    assert [found() for found in left] == [None, None]
+
+
 def test_nobody_is_kept_alive(device: str) -> None:
     """A model that leads back to itself, its optimizer, the data."""
     model = net(device)
@@ -318,3 +362,149 @@ def test_images(device: str) -> None:
         step(x.view(len(x), 4, 5), targets)
         assert step.engine == one_call(device)
     assert reference.as_long(targets) is targets
+
+
+def test_a_square_weight_that_is_turned(device: str) -> None:
+    pair = Pair(device, net(device, (INPUTS, INPUTS, OUTPUTS)), make=lambda p: SGD(p, lr=0.1))
+    for i, (x, targets) in enumerate(batches(device, (16,) * 4)):
+        if i == 2:
+            pair.change(lambda m, o, c: setattr(m[0].weight, "data", m[0].weight.data.t()))
+        pair.step(x, targets)
+        assert pair.ours.engine == ("looped" if i >= 2 else one_call(device))
+
+
+@pytest.mark.parametrize("columns", [INPUTS // 2, 100 * INPUTS])
+def test_a_weight_of_other_columns_fails_as_in_the_loop(device: str, columns: int) -> None:
+    pair = Pair(device)
+    x, targets = data(device)
+    pair.step(x, targets)
+    pair.change(lambda m, o, c: setattr(m[0].weight, "data", torch.ones(HIDDEN, columns, device=device)))
+    for step in (pair.ours, pair.theirs):
+        with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+            step(x, targets)
+
+
+def test_another_dtype(device: str) -> None:
+    pair = Pair(device, make=lambda p: SGD(p, lr=0.1))
+    for i, (x, targets) in enumerate(batches(device, (16,) * 6)):
+        if i == 3:
+            pair.change(lambda m, o, c: m.double())
+        pair.step(x.double() if i >= 3 else x, targets)
+        assert pair.ours.engine == one_call(device)
+
+
+def test_an_error_of_the_schedule_is_raised_once(device: str) -> None:
+    def factor(step: int) -> float:
+        if step == 3 and not raised:
+            raised.append(step)
+            raise ArithmeticError
+        return 0.9**step
+
+    raised: list[int] = []
+    model = net(device)
+    optimizer = adam(model.parameters())
+    step = make_train_step(model, optimizer, lr_schedule=lr_scheduler.LambdaLR(optimizer, factor))
+    x, targets = data(device)
+    step(x, targets)
+    step(x, targets)
+    with pytest.raises(ArithmeticError):
+        step(x, targets)
+    step(x, targets)
+    assert step.engine == one_call(device)
+
+
+def test_labels_are_looked_at_in_every_step(device: str) -> None:
+    model = net(device)
+    step = make_train_step(model, adam(model.parameters()))
+    x, targets = data(device)
+    for _ in range(3):
+        step(x, targets)
+    for _ in range(3):
+        with pytest.raises(IndexError, match="Target 10 is out of bounds"), fusednn.check_labels():
+            step(x, torch.full_like(targets, OUTPUTS))
+    assert step(x, targets).isfinite()
+
+
+def test_an_empty_batch_of_images(device: str) -> None:
+    pair = Pair(device, nn.Sequential(nn.Flatten(), *net(device)))
+    x, targets = data(device)
+    for rows in (8, 0, 8):
+        pair.step(x[:rows].view(rows, 4, 5), targets[:rows])
+
+
+class Chosen(nn.Module):
+    """A net that asks its attributes what to do."""
+
+    use_relu = True
+    mode: str | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(INPUTS, HIDDEN), nn.Linear(HIDDEN, OUTPUTS)
+
+    def act(self, x: Tensor) -> Tensor:
+        return torch.relu(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        mode = self.mode or "relu"
+        if mode == "tanh":
+            x = torch.tanh(x)
+        elif self.use_relu:
+            x = self.act(x)
+        y: Tensor = self.fc2(x)
+        return y
+
+
+class Inherits(Chosen):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+CHOSEN: dict[str, Callable[[Any], Any]] = {
+    "a constant of the class, on the object": lambda m: setattr(m, "use_relu", False),
+    "a mode": lambda m: setattr(m, "mode", "tanh"),
+    "a function over a method": lambda m: setattr(m, "act", torch.tanh),
+    "a bound method over a method": lambda m: setattr(m, "act", type(m.fc1).forward.__get__(nn.Linear(HIDDEN, HIDDEN))),
+}
+
+
+@pytest.mark.parametrize("kind", [Chosen, Inherits])
+@pytest.mark.parametrize("name", CHOSEN)
+def test_what_a_forward_asks_is_looked_at_again(device: str, name: str, kind: type[nn.Module]) -> None:
+    pair = Pair(device, kind().to(device))
+    for i, (x, targets) in enumerate(batches(device, (16,) * 4)):
+        if i == 2:
+            change = CHOSEN[name]
+            with torch.random.fork_rng(devices=()):
+                torch.manual_seed(5)
+                change(pair.models[0])
+            with torch.random.fork_rng(devices=()):
+                torch.manual_seed(5)
+                change(pair.models[1])
+        pair.step(x.to(device), targets)
+        assert pair.ours.engine == ("looped" if i >= 2 else one_call(device))
+
+
+@pytest.mark.parametrize("name", ["a method of the base", "the forward of the base", "the forward of ours"])
+def test_classes_that_change(device: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(
+        device, fusednn.SimpleNN(INPUTS, HIDDEN, OUTPUTS).to(device) if "ours" in name else Inherits().to(device)
+    )
+    for i, (x, targets) in enumerate(batches(device, (16,) * 4)):
+        if i == 2:
+            if name == "a method of the base":
+                monkeypatch.setattr(Chosen, "act", lambda self, x: torch.tanh(x))
+            else:
+                kind: Any = Chosen if "base" in name else fusednn.SimpleNN
+                monkeypatch.setattr(kind, "forward", lambda self, x: self.fc2(torch.tanh(self.fc1(x))))
+        pair.step(x, targets)
+        assert pair.ours.engine == ("looped" if i >= 2 else one_call(device))
+
+
+def test_or_gives_an_operand(device: str) -> None:
+    model = Chosen().to(device)
+    model.mode = "tanh"
+    pair = Pair(device, model)
+    pair.step(*data(device))
+    assert pair.ours.engine == "looped"

@@ -83,7 +83,7 @@ def train_steps(
     `optimizer.state` and `param_groups`, the schedule and the generator are left where that loop leaves them, so plain
     PyTorch may go on, and come back; the parameters' gradients are None.
 
-    Returns the loss of every step [steps], on the device of the model and without waiting for it; with
+    Returns the loss of every step that it makes, [steps - start_step], on the device of the model and without waiting for it; with
     `return_accuracy` also each batch's accuracy: of its rows that are not ignored the share whose largest logit is the
     target's, NaN where there is none. For binary cross entropy, and where the output is one column, it is the share on
     the right side of 0 (of 1/2 for nn.BCELoss).

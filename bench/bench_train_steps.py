@@ -67,8 +67,8 @@ class Implementation(NamedTuple):
 IMPLEMENTATIONS = {
     "eager": Implementation(),
     "fusednn": Implementation(way="train_steps"),
-    "fusednn, a batch at a time": Implementation(way="make_train_step"),
     "CUDA graph": Implementation(adam=("capturable",), way="graph"),
+    "fusednn, a batch at a time": Implementation(way="make_train_step"),
     "CUDA graph, fused Adam": Implementation(adam=("capturable", "fused"), way="graph"),
     "eager, fused Adam": Implementation(adam=("fused",)),
     "drop-in modules": Implementation(SimpleNN, CrossEntropyLoss),

@@ -157,6 +157,8 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = legacy.legacy_get_string(size_average, reduce)
     if type(input) is Tensor and input.is_cpu and _are_plain(target, weight):
+        if target.dtype is not torch.int64 and target.dtype in LABELS and (reason := dispatch.without_memory(target)):
+            raise RuntimeError(f"target: {reason}")  # it is cast before PyTorch sees it
         return F.cross_entropy(
             input, reference.as_long(target), weight, None, ignore_index, None, reduction, label_smoothing
         )

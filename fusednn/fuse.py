@@ -136,13 +136,13 @@ def _note_hooks() -> None:
 class _Asking(ast.NodeTransformer):
     """Puts `relu_unless_applied` in the place of the calls of a ReLU at some places of a function."""
 
-    def __init__(self, places: frozenset[tuple[int, int]]) -> None:
+    def __init__(self, places: frozenset[tuple[Any, ...]]) -> None:
         self.places = places
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         """The call, or that in its place; what is in it first."""
         self.generic_visit(node)
-        if (node.lineno, node.col_offset) not in self.places:
+        if (node.lineno, node.col_offset, node.end_lineno, node.end_col_offset) not in self.places:
             return node
         asked: list[ast.expr] = [node.func]
         if isinstance(node.func, ast.Attribute) and not _is_function(node):
@@ -164,7 +164,7 @@ def _asking_class(kind: Any, places: frozenset[Place]) -> type[nn.Module]:
     """A subclass of `kind` whose methods ask at these places whether the ReLU was applied. Raises where that fails."""
     methods: dict[str, Any] = {}
     for function, owner in {(place.function, place.owner) for place in places}:
-        here = frozenset((p.line, p.column) for p in places if p.function is function)
+        here = frozenset(tuple(p[2:]) for p in places if p.function is function)
         methods[function.__name__] = _asking_function(function, owner, here)
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     more = {"_plain_class": kind, "_places": places, "__reduce_ex__": _reduce, "__prepare_scriptable__": _as_it_was}
@@ -173,7 +173,7 @@ def _asking_class(kind: Any, places: frozenset[Place]) -> type[nn.Module]:
     return made
 
 
-def _asking_function(function: FunctionType, owner: type, places: frozenset[tuple[int, int]]) -> FunctionType:
+def _asking_function(function: FunctionType, owner: type, places: frozenset[tuple[Any, ...]]) -> FunctionType:
     """`function` of the class `owner`, compiled anew; it has the names from outside that it had, and one more."""
     source = reading.source(function.__code__)
     assert not isinstance(source, str)
@@ -207,13 +207,13 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
     if made[0] is not copyreg.__newobj__ or made[1][:1] != (type(self),):  # type: ignore[attr-defined]
         return made
     fused: Any = type(self)
-    places = tuple((p.owner, p.function.__name__, p.line, p.column) for p in fused._places)
+    places = tuple((p.owner, p.function.__name__, *p[2:]) for p in fused._places)
     return _restored, (kind, places, *made[1][1:]), *made[2:]
 
 
-def _restored(kind: Any, places: tuple[tuple[type, str, int, int], ...], *arguments: Any) -> nn.Module:
+def _restored(kind: Any, places: tuple[tuple[Any, ...], ...], *arguments: Any) -> nn.Module:
     """A new module of the fused class; if the source changed, of the plain one, whose ReLU does no harm."""
-    found = frozenset(Place(vars(owner).get(name), owner, line, column) for owner, name, line, column in places)
+    found = frozenset(Place(vars(owner).get(name), owner, *at) for owner, name, *at in places)
     try:
         fused = _asking_class(kind, found)
     except Exception:
@@ -301,6 +301,8 @@ class _Analysis:
     def _use(self, module: nn.Module, node: Node, users: list[Node], returned: bool) -> nn.Module | Place | str:
         """The ReLU that alone gets the output of a Linear, or words."""
         alone = users[0] if len(users) == 1 and not returned else None
+        if alone is not None and alone.within != node.within:
+            return f"its ReLU stands in another with statement, or grad mode: {alone.text}"
         if alone is not None and alone.kind == "module" and plain_class(type(alone.what)) is nn.ReLU:
             relu: nn.Module = alone.what
             return relu

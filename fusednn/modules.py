@@ -11,8 +11,13 @@ from torch.nn.modules.module import _has_any_global_hook
 from . import dispatch, functional, reference
 
 
-def as_plain(module: nn.Module, kind: Any) -> nn.Module:
-    """A module of PyTorch's class `kind` that has the parameters, hooks and modules of `module`."""
+def as_plain(module: nn.Module, kind: Any, ours: Any = None) -> nn.Module:
+    """A module of PyTorch's class `kind` that has the parameters, hooks and modules of `module`.
+
+    Or `module` itself, if it is of a subclass of `ours` with another forward.
+    """
+    if ours is not None and type(module).forward is not ours.forward:
+        return module
     plain: nn.Module = kind.__new__(kind)
     plain.__dict__.update(module.__dict__)
     plain.__dict__["_modules"] = dict(module._modules)  # torch.jit.script puts others into it
@@ -29,7 +34,7 @@ class Linear(nn.Linear):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script, which compiles no Triton kernel, makes a script of."""
-        return as_plain(self, nn.Linear)
+        return as_plain(self, nn.Linear, Linear)
 
 
 class LinearReLU(nn.Linear):
@@ -41,7 +46,7 @@ class LinearReLU(nn.Linear):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script, which compiles no Triton kernel, makes a script of."""
-        return as_plain(self, _PlainLinearReLU)
+        return as_plain(self, _PlainLinearReLU, LinearReLU)
 
 
 class _PlainLinearReLU(nn.Linear):
@@ -65,7 +70,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script, which compiles no Triton kernel, makes a script of."""
-        return as_plain(self, nn.CrossEntropyLoss)
+        return as_plain(self, nn.CrossEntropyLoss, CrossEntropyLoss)
 
 
 _LinearCrossEntropyLoss: Any = getattr(nn, "LinearCrossEntropyLoss", nn.modules.loss._WeightedLoss)
@@ -159,7 +164,7 @@ class SimpleNN(nn.Module):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script, which compiles no Triton kernel, makes a script of."""
-        return as_plain(self, reference.SimpleNN)
+        return as_plain(self, reference.SimpleNN, SimpleNN)
 
 
 def _fusible(fc: nn.Module, relu: nn.Module) -> bool:

@@ -3,6 +3,7 @@ the benchmarks compare with. Imports nothing but torch.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count, islice
 from typing import Any
 
@@ -160,15 +161,17 @@ def make_train_step(
     return step
 
 
-_LOGITS = (nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits)
+_LOGITS = (nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss, F.binary_cross_entropy_with_logits)
 _PROBABILITIES = (nn.BCELoss, F.binary_cross_entropy)
 _CLASSLESS = (
     nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss, nn.GaussianNLLLoss,
+    nn.MultiLabelMarginLoss,
     F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.poisson_nll_loss, F.gaussian_nll_loss,
 )  # fmt: skip
 
 
 def _is_one_of(criterion: Any, losses: tuple[Any, ...]) -> bool:
+    criterion = criterion.func if isinstance(criterion, partial) else criterion
     return criterion in losses or isinstance(criterion, tuple(loss for loss in losses if isinstance(loss, type)))
 
 
@@ -187,10 +190,7 @@ def accuracy(outputs: Tensor, targets: Tensor, criterion: Any) -> Tensor:
     the user's on one column: the share on the right side of 0, or of 1/2 for BCELoss. Raises ValueError for others.
     """
     with torch.no_grad():
-        has_classes = isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss) or criterion in (
-            F.cross_entropy,
-            F.nll_loss,
-        )
+        has_classes = _is_one_of(criterion, (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss))
         binary = _is_one_of(criterion, _LOGITS + _PROBABILITIES)
         if binary or (not has_classes and targets.numel() == outputs.numel() and outputs.shape[1:].numel() == 1):
             middle = 0.5 if _is_one_of(criterion, _PROBABILITIES) else 0.0
@@ -201,7 +201,8 @@ def accuracy(outputs: Tensor, targets: Tensor, criterion: Any) -> Tensor:
         if targets.is_floating_point():
             return (outputs.argmax(1) == targets.argmax(1)).to(outputs.dtype).mean()
         targets = targets.long()  # or -100 would be compared as the 156 that it is in uint8
-        counted = targets != getattr(criterion, "ignore_index", -100)
+        options: Any = criterion.keywords if isinstance(criterion, partial) else getattr(criterion, "__dict__", {})
+        counted: Tensor = targets != options.get("ignore_index", -100)
         right = (outputs.argmax(1) == targets) & counted
         return right.sum().to(outputs.dtype) / counted.sum()
 

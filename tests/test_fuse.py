@@ -497,3 +497,116 @@ def test_a_weight_with_ideas_of_its_own_is_left_alone() -> None:
         fusions(model)[0].reason
         == "its weight is a test_a_weight_with_ideas_of_its_own_is_left_alone.<locals>.Quantized"
     )
+
+
+class Odd(nn.Module):
+    """Forwards that a reader gets wrong easily: none of their ReLUs follows fc1 alone and always."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.options: Any = {}
+        self.kind: str | None = None
+        self.n, self.m = 0, 1
+
+
+class UnknownIsNone(Odd):
+    def forward(self, x: Tensor) -> Any:
+        h = self.fc1(x)
+        act = self.options.get("act")
+        h = F.relu(h) if act is not None else torch.tanh(h)
+        return self.fc2(h)
+
+
+class GivenNone(Odd):
+    def forward(self, x: Tensor, mask: Any = None) -> Any:
+        h = self.fc1(x)
+        h = F.relu(h) if mask is None else torch.tanh(h)
+        return self.fc2(h)
+
+
+class Or(Odd):
+    def forward(self, x: Tensor) -> Any:
+        h = self.fc1(x)
+        kind = self.kind or "tanh"
+        h = torch.tanh(h) if kind == "tanh" else F.relu(h)
+        return self.fc2(h)
+
+
+class WithoutGradient(Odd):
+    def forward(self, x: Tensor) -> Any:
+        h = self.fc1(x)
+        with torch.no_grad():
+            h = F.relu(h)
+        return self.fc2(h)
+
+
+class SwitchedOff(Odd):
+    def forward(self, x: Tensor) -> Any:
+        h = self.fc1(x)
+        torch.set_grad_enabled(False)
+        h = F.relu(h)
+        torch.set_grad_enabled(True)
+        return self.fc2(h)
+
+
+class SameText(Odd):
+    def forward(self, x: Tensor) -> Any:
+        h = self.fc1(x)
+        n = self.n
+        if n > 0:
+            return self.fc2(F.relu(h))
+        n = self.m
+        if n > 0:
+            return self.fc2(torch.tanh(h))
+        return self.fc2(F.relu(h))
+
+
+class SetBetween(Odd):
+    def forward(self, x: Tensor) -> Any:
+        h = self.fc1(x)
+        if self.n > 0:
+            return self.fc2(F.relu(h))
+        self.n = 1
+        h = torch.tanh(h) if self.n > 0 else F.relu(h)
+        self.n = 0
+        return self.fc2(h)
+
+
+class Features(Odd):
+    def features(self, x: Tensor) -> Any:
+        return self.fc1(x)
+
+
+class OfSuper(Features):
+    def forward(self, x: Tensor) -> Any:
+        return self.fc2(super().features(x).relu())
+
+
+@pytest.mark.parametrize("kind", [
+    UnknownIsNone, GivenNone, Or, WithoutGradient, SwitchedOff, SameText, SetBetween, OfSuper,
+])  # fmt: skip
+@pytest.mark.parametrize("options", [{}, {"act": 1}], ids=["none", "some"])
+def test_forwards_that_are_read_wrong_easily(device: str, kind: type[Odd], options: dict[str, int]) -> None:
+    plain = kind().to(device)
+    plain.options = options
+    fused, x = fuse(copy.deepcopy(plain)), torch.randn(5, 6, device=device)
+    for arguments in [(x,), (x, 1)] if kind is GivenNone else [(x,)]:
+        results = []
+        for model in (plain, fused):
+            model.zero_grad()
+            y = model(*arguments)
+            y.sum().backward()
+            results.append([y.detach(), *(parameter.grad for parameter in model.parameters())])
+        for ours, theirs in zip(*results, strict=True):
+            if ours is None or theirs is None:
+                assert ours is theirs
+            else:
+                torch.testing.assert_close(ours, theirs)
+
+
+def test_two_calls_that_begin_at_one_place_are_told_apart(device: str) -> None:
+    model = OfSuper().to(device)
+    assert [str(fusion.linear) for fusion in fusions(model)][:1] == ["fc1"]
+    fuse(model)
+    assert model.fc1.applies_relu

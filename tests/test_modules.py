@@ -461,3 +461,14 @@ def test_a_scripted_loss() -> None:
     criterion = CrossEntropyLoss(weight=torch.rand(3), label_smoothing=0.1, reduction="sum")
     x, target = torch.randn(5, 3), torch.randint(3, (5,))
     torch.testing.assert_close(torch.jit.script(criterion)(x, target), criterion(x, target))
+
+
+class Tanh(SimpleNN):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc2(torch.tanh(self.fc1(x)))
+        return y
+
+
+def test_a_script_of_a_subclass_is_that_of_its_own_forward() -> None:
+    model, x = Tanh(6, 7, 5), torch.randn(3, 6)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))

@@ -33,7 +33,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
     Raises OSError, and then leaves `path` as it was and nothing beside it.
     """
-    for left in path.parent.glob(".fusednn-*.tmp"):
+    for left in path.parent.glob(f".fusednn-{'[0-9a-f]' * 16}.tmp"):
         with suppress(OSError):
             if time.time() - left.stat().st_mtime > OLD_SECONDS:
                 left.unlink()
@@ -59,9 +59,11 @@ def save_model(model: SimpleNN, path: Path, about: Mapping[str, int | float | st
     """Write the parameters of `model`, of one floating dtype, as safetensors, with `about` and a checksum of both.
 
     The metadata is one entry, `fusednn`, holding JSON: safetensors writes several entries in a random order, and
-    equal models would be unequal files. Raises OSError as :func:`write_atomically` does.
+    equal models would be unequal files. Raises TypeError for other dtypes, OSError as :func:`write_atomically` does.
     """
     state, noted = model.state_dict(), {"format": FORMAT, **about}
+    if len(dtypes := {tensor.dtype for tensor in state.values()}) > 1 or not dtypes <= {*DTYPES}:
+        raise TypeError(f"a model of {dtypes} would not be read again")
     metadata = {"fusednn": json.dumps({**noted, "sha256": _checksum(state, noted)}, sort_keys=True)}
     write_atomically(path, save(state, metadata))
 
@@ -103,5 +105,5 @@ def _noted(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} was not written by fusednn: its metadata has no format") from error
     if found != FORMAT:
-        raise CheckpointError(f"{path} has format {found}; this version of fusednn reads format {FORMAT}")
+        raise CheckpointError(f"{path} has format {found!r}; this version of fusednn reads format {FORMAT}")
     return noted

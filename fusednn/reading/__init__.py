@@ -16,9 +16,9 @@ from .nodes import Node, Place, Reading, Size, Unread, nodes_of
 from .reader import plain_class
 from .sources import source
 from .ways import ways
-from .whole import HOOKS, UNTOUCHED, read
+from .whole import CALLS, HOOKS, UNTOUCHED, read
 
 __all__ = [
-    "GONE", "HOOKS", "UNTOUCHED", "Facts", "Node", "Place", "Reading", "Size", "Unread", "nodes_of", "plain_class",
-    "read", "source", "ways",
+    "CALLS", "GONE", "HOOKS", "UNTOUCHED", "Facts", "Node", "Place", "Reading", "Size", "Unread", "nodes_of",
+    "plain_class", "read", "source", "ways",
 ]  # fmt: skip

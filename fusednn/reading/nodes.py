@@ -33,6 +33,8 @@ class Place(NamedTuple):
     owner: type
     line: int
     column: int
+    end_line: int
+    end_column: int
 
     def __str__(self) -> str:
         return f"the ReLU in line {self.line} of {self.owner.__name__}.{self.function.__name__}"
@@ -44,7 +46,7 @@ class Node:
 
     `kind` is "input", "module", "function", "method", or "other"; `what` is the module, or the name of the function,
     or words for anything else. `operands` are the nodes whose tensors it gets, in order, and `arguments` what else.
-    `place` is where it stands in the source, and `text` its line.
+    `place` is where it stands in the source, and `text` its line; `within` are the with statements around it.
     """
 
     kind: str
@@ -53,6 +55,7 @@ class Node:
     arguments: tuple[tuple[Any, ...], Mapping[str, Any]] = ((), {})
     place: Place | None = None
     text: str = ""
+    within: tuple[Any, ...] = ()
 
     def __str__(self) -> str:
         return type(self.what).__name__ if self.kind == "module" else str(self.what)

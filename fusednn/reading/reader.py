@@ -3,6 +3,7 @@
 import ast
 import builtins
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
@@ -36,6 +37,10 @@ class Reader:
         self.escaped: dict[nn.Module, str] = {}
         """Modules that something may call that is not known, and what."""
         self.depth = 0
+        self.changes = 0
+        """How often an attribute was set, after which a test may go another way."""
+        self.within: tuple[Any, ...] = ()
+        """The with statements, and the switches of the grad mode, that hold here."""
 
     # functions
 
@@ -114,14 +119,19 @@ class Reader:
                     if done:
                         return True, value
             case ast.With() if not self.inline:
+                before = self.within
                 for item in statement.items:
                     self.other(frame, item, "with", [self.value(frame, item.context_expr)])
                     if item.optional_vars is not None:
                         self.assign(frame, item.optional_vars, self.other(frame, item, "with", []))
-                return self.block(frame, statement.body)
+                self.within = (*before, statement)
+                done, value = self.block(frame, statement.body)
+                self.within = before
+                return done, value
             case ast.Assert() if not self.inline:
                 self.other(frame, statement, "assert", [self.value(frame, statement.test)])
             case ast.AugAssign():
+                self.changes += 1
                 self.other(frame, statement, "setattr", [self.value(frame, statement.value)])
             case ast.Raise() if not self.inline:
                 raise Dead
@@ -140,6 +150,7 @@ class Reader:
                     one = values[place] if values else self.other(frame, target, "getitem", [value])
                     self.assign(frame, part, one)
             case _:
+                self.changes += 1
                 self.other(frame, target, "setattr", [value])
 
     # expressions
@@ -216,6 +227,8 @@ class Reader:
     def attribute(self, frame: Frame, expression: ast.Attribute, owner: Any) -> Any:
         """An attribute of a module of Python's, of a tensor, of an nn.Module or of super()."""
         name = expression.attr
+        if name.startswith("__") and not name.endswith("__"):  # a class's own
+            return self.other(frame, expression, name, [owner])
         if isinstance(owner, ModuleType):
             value = self.item(owner, "__dict__", name)
             return self.other(frame, expression, name, []) if value is GONE else value
@@ -238,7 +251,7 @@ class Reader:
                 value = self.item(module, group, name)
                 known = value is None or isinstance(value, nn.Module)
                 return value if known else self.other(frame, expression, f"{name} by itself", [])
-        if own is not GONE and not isinstance(of_class, property):
+        if own is not GONE and not hasattr(type(of_class), "__set__"):
             if type(own) in CONSTANTS or _is_known(own):
                 return self.constant(own, f"{frame.source.tree.args.args[0].arg}.{name}")
             return self.other(frame, expression, name, [module])
@@ -254,7 +267,7 @@ class Reader:
 
     def constant(self, value: Any, name: str) -> Any:
         """A value that somebody may change between calls."""
-        return Undecided(name)
+        return Undecided(f"{name}, {self.changes}" if self.changes else name)
 
     def subscript(self, frame: Frame, expression: ast.Subscript) -> Any:
         """A size, a module of a list, or a slice of one."""
@@ -284,7 +297,7 @@ class Reader:
         """What a list of modules, or a tuple, has in it; None for anything else."""
         if type(owner) is tuple:
             return owner
-        if type(owner) is nn.ModuleList or is_sequential(owner):
+        if type(owner) is nn.ModuleList or plain_class(type(owner)) is nn.Sequential:
             self.note_length(owner)
             return tuple(self.item(owner, "_modules", name) for name in owner._modules)
         return None
@@ -337,11 +350,17 @@ class Reader:
 
     def compare(self, frame: Frame, expression: ast.expr, values: list[Any], negated: bool) -> Any:
         """`is` or `is not`: of None, True and False, to which a tensor or a module is not equal."""
-        if any(isinstance(value, (Undecided, Size)) for value in values):
+        if any(isinstance(value, (Undecided, Size)) or not self.is_a_tensor(value) for value in values):
             return self.unknown(frame, expression, values)
         if not any(value is None or type(value) is bool for value in values):
             return self.unknown(frame, expression, values)
         return (values[0] is values[1]) is not negated
+
+    def is_a_tensor(self, value: Any) -> bool:
+        """Whether a node, if it is one, surely is a tensor: of a function or a method of tensors, or the input."""
+        if not isinstance(value, Node):
+            return True
+        return value.kind in ("function", "method") or (value.kind == "input" and self.inline)
 
     def truth(self, frame: Frame, expression: ast.expr, value: Any) -> Any:
         """True, False, or Undecided."""
@@ -356,7 +375,13 @@ class Reader:
         """A test that may go either way; Unread if what the forward made of the data says which."""
         if self.inline or any(isinstance(value, Node) and value.kind != "input" for value in values):
             self.refuse(frame, expression)
-        return Undecided(ast.unparse(expression))
+        names = {name.id for name in ast.walk(expression) if isinstance(name, ast.Name)} & frame.names.keys()
+        known = [self.words_of(frame.names[name]) for name in sorted(names)]
+        return Undecided(f"{ast.unparse(expression)}, {', '.join(known)}, {self.changes}")
+
+    def words_of(self, value: Any) -> str:
+        """What tells a value from others, for a test that is to be decided once."""
+        return repr(value) if isinstance(value, Undecided) or type(value) in CONSTANTS else str(id(value))
 
     # calls
 
@@ -367,6 +392,8 @@ class Reader:
         args = [self.value(frame, a.value if isinstance(a, ast.Starred) else a) for a in call.args]
         kwargs = {keyword.arg or "**": self.value(frame, keyword.value) for keyword in call.keywords}
         given = [*args, *kwargs.values()]
+        if callee is torch.set_grad_enabled:
+            self.within = (*self.within, call)
         if not plain:
             return self.other(frame, call, _name(call.func), [callee, *given])
         if isinstance(callee, nn.Module):
@@ -412,7 +439,8 @@ class Reader:
         self, frame: Frame, call: ast.Call, kind: str, name: str, args: list[Any], kwargs: dict[str, Any]
     ) -> Node:
         """The node of a function or a method that is known."""
-        place = Place(frame.function, frame.owner, call.lineno, call.col_offset)
+        ends = call.end_lineno or call.lineno, call.end_col_offset or call.col_offset
+        place = Place(frame.function, frame.owner, call.lineno, call.col_offset, *ends)
         return self.add(Node(kind, name, (args[0],), (tuple(args[1:]), kwargs), place, self.text(frame, call)))
 
     def call_module(
@@ -454,6 +482,7 @@ class Reader:
 
     def add(self, node: Node) -> Node:
         """Note what the forward does."""
+        node = replace(node, within=self.within)
         self.nodes.append(node)
         return node
 

@@ -104,7 +104,7 @@ class _Whole(Reader):
             return "the model is compiled: pass the one that torch.compile was given"
         if kind.__module__.startswith(_PARALLEL):
             return "the model is spread over devices"
-        if any(self.facts.attribute(kind, name) is not value for name, value in _CALLS):
+        if any(self.facts.attribute(kind, name) is not value for name, value in CALLS):
             return "the model has a __call__ of its own, or other attributes than it seems to have"
         for name in ("forward", "_compiled_call_impl", "_call_impl"):
             found = self.item(module, "__dict__", name)
@@ -115,8 +115,8 @@ class _Whole(Reader):
 
 _KNOWN = ("torch.", "fusednn.modules", "fusednn.fuse")
 _PARALLEL = ("torch.nn.parallel.", "torch.distributed.")
-_CALLS = [(name, getattr(nn.Module, name)) for name in ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__")]
-_CALLS.append(("__getattribute__", object.__getattribute__))
+CALLS = [(name, getattr(nn.Module, name)) for name in ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__")]
+CALLS.append(("__getattribute__", object.__getattribute__))
 
 
 UNTOUCHED: list[tuple[Any, str, Any]] = [

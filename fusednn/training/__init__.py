@@ -83,10 +83,10 @@ def train_steps(
     `optimizer.state` and `param_groups`, the schedule and the generator are left where that loop leaves them, so plain
     PyTorch may go on, and come back; the parameters' gradients are None.
 
-    Returns the loss of every step that it makes, [steps - start_step], on the device of the model and without waiting for it; with
-    `return_accuracy` also each batch's accuracy: of its rows that are not ignored the share whose largest logit is the
-    target's, NaN where there is none. For binary cross entropy, and where the output is one column, it is the share on
-    the right side of 0 (of 1/2 for nn.BCELoss).
+    Returns the loss of every step that it makes, [steps - start_step], on the device of the model and without waiting
+    for it; with `return_accuracy` also each batch's accuracy: of its rows that are not ignored the share whose largest
+    logit is the target's, NaN where there is none. For binary cross entropy, and where the output is one column, it is
+    the share on the right side of 0 (of 1/2 for nn.BCELoss).
 
     * `criterion`: nn.CrossEntropyLoss() if it is None.
     * `start_step=k`: as if this call had made k of its steps before. Their rows are drawn and passed over, from the
@@ -105,7 +105,8 @@ def train_steps(
 
     Ctrl-C, another signal whose handler raises, and whatever else is raised, leaves whole steps: those that on_chunk
     was told of. What a model of a class of its own computes is read in the source of its forward; nothing of it runs to
-    find that out. Where a line is not understood, "looped" serves, and `explain` quotes it.
+    find that out. Where a line is not understood, "looped" serves, and `explain` quotes it. Hooks on autograd's own
+    nodes, of which a parameter does not tell, are not called by the other engines.
 
     `explain` tells who runs the steps, and with ``steps=0`` who would: "resident", where model is Linear, ReLU, Linear
     of a moderate size in float32 or float64 on a GPU, the criterion nn.CrossEntropyLoss and the optimizer torch.optim's

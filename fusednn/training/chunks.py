@@ -30,6 +30,8 @@ class Chunks:
         self.begin(job)
         self.pace = Pace(job.inputs, first // products_of(job, net), MOST_STEPS)
 
+    trusts = False
+
     def lie_where_they_lay(self) -> bool:
         """Whether parameters and state lie where the last steps found them, in the same shape."""
         return bool(self.found) and self.found == self._places()
@@ -40,7 +42,7 @@ class Chunks:
         self.found = self._places()
 
     def _places(self) -> list[Any]:
-        return [*places_of(self.parameters), *[state.data_ptr() for state in self.states]]
+        return places_of(self.parameters + self.states)
 
     def begin(self, job: Job, rows: Rows | None = None) -> None:
         """Run `job` from now on, which may have other data, and nothing else that is new."""

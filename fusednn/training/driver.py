@@ -102,6 +102,7 @@ def _advance(engine: Any, job: Job, choice: Choice, on_chunk: OnChunk | None, ch
 def _still(job: Job, choice: Choice, engine: Any) -> Choice:
     """The choice for `job` now. Raises RuntimeError where `engine` does not do that any more."""
     if choice.net is not None and engine.lie_where_they_lay() and choice.is_for(job):
+        engine.trusts = True
         return choice
     now = choose(job)
     if (reason := against_change(now, choice)) is not None:
@@ -142,13 +143,16 @@ class TrainStep:
             loss, right = self._loop(job)
         else:
             choice = self._choice
-            if choice is None or not self._kernels.lie_where_they_lay() or not choice.is_for(job):
+            if choice is not None and self._kernels.lie_where_they_lay() and choice.is_for(job):
+                self._kernels.trusts = True
+            else:
                 self._choice, choice = None, choose(job)
                 job = choice.job  # its inputs may be a view of these
             if dispatch.watched():
                 dispatch.note(dispatch.Decision("train_step", choice.engine, choice.reason))
             self.engine = choice.engine
             if choice.net is None:
+                self._kernels = self._kind = None
                 self._unread = self._wait = min(2 * self._unread + 1, MOST_UNREAD)
                 loss, right = self._loop(job)
             else:
@@ -157,6 +161,10 @@ class TrainStep:
                 choice = choice.without_data()
                 self._choice, self._kernels.job = choice if inputs.dim() == 2 else None, choice.job
         return (loss, right) if job.return_accuracy else loss
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are new steps of copies of what it trains."""
+        return TrainStep, self._training
 
     def _loop(self, job: Job) -> tuple[Tensor, Tensor | None]:
         if torch.is_grad_enabled():
@@ -180,7 +188,7 @@ class TrainStep:
             engine.check_labels(job)
         engine.begin(job, self._rows.of(job.inputs))
         try:
-            if choice.engine == "native" and job.lr_schedule is None:
+            if choice.engine == "native" and engine.optimizer.has_kept():
                 engine.advance(1, None)  # the C++ code makes a step and counts it: nothing can come between
             else:
                 with Interrupts() as interrupts:

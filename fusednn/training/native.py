@@ -33,7 +33,7 @@ class Native(Chunks):
 
     def __init__(self, job: Job, net: Net) -> None:
         self.held: _Held | None = None
-        self.trusts = False
+        self.trusts = False  # whether somebody has just seen that they lie where they lay
         super().__init__(job, net, FIRST_CHUNK)
 
     def check_labels(self, job: Job) -> None:
@@ -94,9 +94,8 @@ class Native(Chunks):
         """`held` has it."""
 
     def lie_where_they_lay(self) -> bool:
-        """Whether parameters and state have their memory where the last steps found it, which the next one trusts."""
-        self.trusts = self.held is not None and self.held.memory == self.held.memory_now()
-        return self.trusts
+        """Whether parameters and state have their memory where the last steps found it, in the same shape."""
+        return self.held is not None and self.held.memory == self.held.memory_now()
 
     def _held_of(self, taken: Steps, sizes: tuple[int, int, int]) -> "_Held":
         """Parameters, state and class weights, where they lie now."""
@@ -105,7 +104,7 @@ class Native(Chunks):
         if (
             held is None
             or not all(map(operator.is_, tensors, held.tensors))
-            or held.key != (sizes, taken.rule)
+            or held.key != (sizes, taken.rule, self.job.inputs.dtype)
             or not (trusts or held.memory == held.memory_now())
         ):
             self.held = held = _Held(tensors, sizes, taken.rule, self.job.inputs.dtype)
@@ -131,19 +130,17 @@ class _Held:
         for place, tensor in enumerate(tensors):
             if tensor is None and needed[place] and tensors[1 + (place - 1) % 4] is not None:
                 raise RuntimeError(f"a {names[place]} is gone")
-        self.tensors, self.key = tensors, (sizes, rule)
-        self.parameters = [tensor for tensor in tensors[1:5] if tensor is not None]
-        self.rest = [tensor for tensor in (tensors[0], *tensors[5:]) if tensor is not None]
-        self.storages = [tensor.untyped_storage() for tensor in (*self.parameters, *self.rest)]
+        self.tensors, self.key = tensors, (sizes, rule, dtype)
+        self.there = [tensor for tensor in tensors if tensor is not None]
+        self.storages = [tensor.untyped_storage() for tensor in self.there]
         given = zip(names, tensors, dtypes, shapes, strict=True)
         self.addresses = [_address(name, tensor, kind, shape) for name, tensor, kind, shape in given]
         self.double_counts = sum((kind == torch.float64) << place for place, kind in enumerate(dtypes[13:]))
         self.memory = self.memory_now()
 
-    def memory_now(self) -> tuple[list[Any], list[int], list[int]]:
-        """Where parameters and the rest begin, and how many bytes the storages of all have."""
-        rest, storages = [tensor.data_ptr() for tensor in self.rest], [storage.nbytes() for storage in self.storages]
-        return places_of(self.parameters), rest, storages
+    def memory_now(self) -> tuple[list[Any], list[int]]:
+        """Where the tensors lie, and how many bytes their storages have."""
+        return places_of(self.there), [storage.nbytes() for storage in self.storages]
 
 
 def _address(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
@@ -158,6 +155,7 @@ def _address(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[
 
 def _begin(name: str, tensor: Tensor) -> int:
     """Where the numbers of `tensor` lie. Raises RuntimeError where it has no memory, or less than it needs."""
-    if (reason := without_memory(tensor)) is not None:
-        raise RuntimeError(f"{name}: {reason}")
+    reason = without_memory(tensor)
+    if reason is not None or tensor._is_zerotensor():
+        raise RuntimeError(f"{name}: {reason or 'it is zero without memory'}")
     return tensor.data_ptr()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import reading
 from ..fuse import FusedLinear, FusedReLU
 from ..modules import Linear, LinearReLU
-from ..reading import Facts, Node, Reading, Size
+from ..reading import GONE, Facts, Node, Reading, Size
 
 Features = tuple[int, ...]
 
@@ -128,6 +128,8 @@ def _net_of(model: nn.Module, found: Reading, features: Features | None, facts: 
         if kind.startswith("linear"):
             weight, bias = (facts.item(node.what, "_parameters", name) for name in ("weight", "bias"))
             facts.attribute(node.what, "__class__")
+            if any(facts.attribute(type(node.what), name) is not GONE for name in ("weight", "bias")):
+                return "a weight or a bias is no parameter"
             if not isinstance(weight, Tensor) or weight.dim() != 2:
                 facts.never()  # its shape may change
                 return other
@@ -236,6 +238,8 @@ def against_memory(parameters: list[Tensor]) -> str | None:
     """Why no kernel can write these where they lie now."""
     if not all(parameter.layout == torch.strided and parameter.is_contiguous() for parameter in parameters):
         return "a parameter is not contiguous"
+    if any(parameter.is_neg() or parameter._is_zerotensor() for parameter in parameters):
+        return "a parameter has no memory, or is a view that negates"
     if len({(parameter.dtype, parameter.device) for parameter in parameters}) > 1:
         return "the parameters have several dtypes or devices"
     if len({parameter.data_ptr() for parameter in parameters}) < len(parameters):

@@ -69,6 +69,9 @@ def refusal(optimizer: Optimizer, parameters: list[Tensor], schedule: Any, facts
         (optimizer, "_optimizer_step_pre_hooks"), (optimizer, "_optimizer_step_post_hooks"),
         (torch_optimizer, "_global_optimizer_pre_hooks"), (torch_optimizer, "_global_optimizer_post_hooks"),
     )  # fmt: skip
+    pointers = [tensor.data_ptr() for tensor in states_of(optimizer, parameters)]
+    if len({*pointers}) < len(pointers):
+        return "two parts of the optimizer's state are one"
     if any(facts.length(owner, name) for owner, name in hooks):
         return "the optimizer has hooks"
     replaced = facts.item(optimizer, "__dict__", "zero_grad") is not GONE
@@ -131,7 +134,7 @@ def _against_lr(lr: Any) -> str | None:
 
 def _against_number(number: Any) -> str | None:
     """torch.optim works with others in its own way, or raises an error."""
-    if isinstance(number, float) or (isinstance(number, int) and abs(number) < 2**53):
+    if isinstance(number, float) or (type(number) is int and abs(number) < 2**53):
         return None
     if isinstance(number, Tensor):
         return "an option other than lr is a tensor"
@@ -231,12 +234,14 @@ def _only_sets_options(schedule: Any) -> bool:
     """Whether `schedule` may be stepped ahead of the training: it looks at options and its own count alone."""
     if type(schedule).__module__ not in ("torch.optim.lr_scheduler", "torch.optim.swa_utils"):
         return False
+    if "step" in vars(schedule):
+        return False
     return all(map(_only_sets_options, getattr(schedule, "_schedulers", ())))
 
 
 def _alike(state: Tensor, parameter: Tensor) -> bool:
     same = state.dtype == parameter.dtype and state.device == parameter.device and state.shape == parameter.shape
-    return same and state.is_contiguous()
+    return same and state.is_contiguous() and not state._is_zerotensor()
 
 
 def _may_cycle_momentum(schedule: Any) -> bool:
@@ -327,8 +332,9 @@ class KernelOptimizer:
             on_device = group["capturable"] or group["fused"]
             double = torch.get_default_dtype() == torch.float64 and not group["fused"]
             dtype = torch.float64 if double else torch.float32
-            state["step"] = torch.zeros((), dtype=dtype, device=parameter.device if on_device else "cpu")
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            count = torch.zeros((), dtype=dtype, device=parameter.device if on_device else "cpu")
+            moments = [torch.zeros_like(parameter) for _ in range(2)]
+            state.update(step=count, exp_avg=moments[0], exp_avg_sq=moments[1])  # at once, whatever signal comes
         elif fresh:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         return fresh

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.overrides import _get_current_function_mode_stack
 
 from .. import dispatch, functional, modules
-from ..reading import GONE, HOOKS, Facts
+from ..reading import CALLS, GONE, HOOKS, Facts
 from . import optimizers
 from .chunks import products_of
 from .job import Job
@@ -52,7 +52,9 @@ class Choice(NamedTuple):
     net: Net | None = None
     captured: list[Tensor] | None = None
     facts: tuple[Facts, ...] = ()
-    """What it rests on, of model, optimizer and criterion, where it has a net."""
+    """What it rests on, of the model, and of optimizer and criterion, where it has a net."""
+    groups: tuple[int, ...] = ()
+    """Which dicts the optimizer's groups are."""
 
     @property
     def parameters(self) -> list[Tensor] | None:
@@ -79,9 +81,11 @@ class Choice(NamedTuple):
     def is_for(self, job: Job) -> bool:
         """Whether `choose` would choose the same for a batch that is as large at most, by what is quick to see."""
         net, batch, before = self.net, job.inputs, self.job.inputs
-        if net is None or batch.dim() != 2 or batch.shape[1:] != before.shape[1:] or batch.dtype is not before.dtype:
+        if net is None or batch.dim() != 2 or batch.shape[1] != net.w1.shape[1] or batch.dtype is not net.w1.dtype:
             return False
-        if job.batch_size > self.job.batch_size or batch.get_device() != before.get_device():
+        if batch.shape[1:] != before.shape[1:] or job.batch_size > self.job.batch_size:
+            return False
+        if _against_device(job, net) is not None or self.groups != tuple(map(id, job.optimizer.param_groups)):
             return False
         return (
             _against_data(job) is None
@@ -97,13 +101,14 @@ def choose(job: Job) -> Choice:
         return Choice("looped", refusal, job)
     flat = _flat(job)
     net, facts = (_COPIED, ()) if flat is None else _read(job)
+    groups = tuple(map(id, job.optimizer.param_groups))
     if isinstance(net, str):
         refusal = net
     elif flat is not None and (refusal := _against_sizes(flat, net)) is None:
         if on_plain_cpu(job.inputs):
-            return Choice("native", None, flat, net, facts=facts)
+            return Choice("native", None, flat, net, facts=facts, groups=groups)
         if (captured := _captured_if_quicker(flat, net)) is None:
-            return Choice("resident", None, flat, net, facts=facts)
+            return Choice("resident", None, flat, net, facts=facts, groups=groups)
         refusal = f"{job.inputs.device}, {job.inputs.dtype}, {net}, batch {job.batch_size}: many programs are quicker"
         return Choice("captured", refusal, job, captured=captured)
     return Choice("looped", refusal, job, captured=_captured(job))
@@ -135,7 +140,9 @@ def _read(job: Job) -> tuple[Net | str, tuple[Facts, ...]]:
     net, net_facts = read_net(model, None if len(features) == 1 else features)
     if isinstance(net, str):
         return net, ()
-    kinds = inputs.dtype, *kinds_of(net), *kinds_of(optimizers.states_of(job.optimizer, net.parameters))
+    weights = getattr(job.criterion, "weight", None)
+    others = [*optimizers.states_of(job.optimizer, net.parameters), weights if isinstance(weights, Tensor) else None]
+    kinds = inputs.dtype, *map(id, job.optimizer.param_groups), *kinds_of(net), *kinds_of(others)
     before = _READ.get(job.optimizer)
     if not (
         before is not None and before.model() is model and before.criterion() is job.criterion
@@ -264,7 +271,7 @@ def _against_data(job: Job) -> str | None:
         return f"no training kernel for {inputs.dtype}"
     if type(targets) is not Tensor or targets.dim() != 1 or targets.dtype not in functional.LABELS:
         return "the targets are not a vector of labels"
-    if inputs._is_zerotensor() or targets._is_zerotensor():
+    if inputs._is_zerotensor() or targets._is_zerotensor() or targets.is_neg():
         return "the inputs or targets have no memory"
     if targets.is_cpu is not inputs.is_cpu or targets.get_device() != inputs.get_device():
         return "inputs and targets are on two devices"
@@ -309,10 +316,10 @@ def _against_criterion(job: Job, outputs: int | None, facts: Facts) -> str | Non
     if type(criterion) not in (nn.CrossEntropyLoss, modules.CrossEntropyLoss):
         return f"no training kernel for the criterion {getattr(criterion, '__name__', type(criterion).__name__)}"
     facts.attribute(criterion, "__class__")
-    own = {name: facts.item(criterion, "__dict__", name) for name in (*_OPTIONS, "forward", "_compiled_call_impl")}
-    if own["forward"] is not GONE or (
-        own["_compiled_call_impl"] is not GONE and own["_compiled_call_impl"] is not None
-    ):
+    if any(facts.attribute(type(criterion), name) is not value for name, value in CALLS):
+        return "the criterion has a __call__ of its own"
+    own = {name: facts.item(criterion, "__dict__", name) for name in (*_OPTIONS, *_OWN)}
+    if not all(own[name] is GONE or own[name] is None for name in _OWN):
         return "the criterion's forward was replaced"
     ignored, reduction, smoothing = (own[name] for name in _OPTIONS)
     if type(ignored) is not int or not -(2**63) <= ignored < 2**63:
@@ -323,9 +330,12 @@ def _against_criterion(job: Job, outputs: int | None, facts: Facts) -> str | Non
         return f"no training kernel for reduction {reduction!r}, label_smoothing {smoothing!r}"
     weight = facts.item(criterion, "_buffers", "weight")
     if weight is not None and weight is not GONE:
-        plain = weight.dim() == 1 and weight.is_contiguous() and not facts.attribute(weight, "requires_grad")
-        if not plain or outputs not in (None, len(weight)) or weight.dtype != job.inputs.dtype:
-            facts.never()  # its shape and dtype may change
+        plain = (
+            weight.dim() == 1
+            and weight.is_contiguous()
+            and not weight._is_zerotensor()
+            and not facts.attribute(weight, "requires_grad")
+        )
         if not plain or outputs not in (None, len(weight)):
             return "the class weights have another length than the outputs, gaps or a gradient"
         if facts.attribute(weight, "dtype") != job.inputs.dtype or weight.device != job.inputs.device:
@@ -333,4 +343,5 @@ def _against_criterion(job: Job, outputs: int | None, facts: Facts) -> str | Non
     return None
 
 
+_OWN = ("forward", "_compiled_call_impl", "_call_impl")
 _OPTIONS = ("ignore_index", "reduction", "label_smoothing")

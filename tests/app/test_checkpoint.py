@@ -133,13 +133,15 @@ def test_what_is_written_is_read_in_its_dtype(tmp_path: Path, dtype: torch.dtype
 
 
 def test_what_a_killed_run_left_is_cleaned_up(tmp_path: Path):
-    old, young, other = (tmp_path / name for name in (".fusednn-1.tmp", ".fusednn-2.tmp", ".other.tmp"))
+    old, young, other = (
+        tmp_path / name for name in (f".fusednn-{1:016x}.tmp", f".fusednn-{2:016x}.tmp", ".fusednn-notes.tmp")
+    )
     for path in (old, young, other):
         path.touch()
     for path in (old, other):
         os.utime(path, (time.time() - 4000,) * 2)
     write_atomically(tmp_path / "file", b"")
-    assert sorted(os.listdir(tmp_path)) == [".fusednn-2.tmp", ".other.tmp", "file"]
+    assert sorted(os.listdir(tmp_path)) == [f".fusednn-{2:016x}.tmp", ".fusednn-notes.tmp", "file"]
 
 
 def test_model_cut_short_is_refused_at_every_length(tmp_path: Path):

@@ -204,7 +204,7 @@ def test_every_benchmark_is_in_a_part() -> None:
             chosen = [words for words in benchmarks if f"bench/{file.name}" in words]
             wanted = [words[words.index("-k") + 1].split(" or ") if "-k" in words else [""] for words in chosen]
             parts = [words for words in wanted if any(word in test for word in words)]
-            on_a_cpu = file.name == "bench_native.py" or test == "test_loop_on_a_cpu"
+            on_a_cpu = file.name in ("bench_batches.py", "bench_native.py") or test == "test_loop_on_a_cpu"
             assert len(parts) == (0 if on_a_cpu else 1), test
 
 

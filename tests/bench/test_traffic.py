@@ -286,7 +286,7 @@ def test_bytes_of_a_training_step() -> None:
 def test_the_operators_of_train_steps_are_those_of_a_call() -> None:
     """And not of a step."""
     totals = []
-    for steps in (1, 5):
+    for steps in (2, 6):  # one is made without what many need
         row, mode = list(training_rows((16, 16, 16), 16, steps))[2], Operators()
         with count(), mode:
             row.run()

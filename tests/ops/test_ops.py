@@ -443,7 +443,8 @@ def test_compile_each_loss(name: str) -> None:
         w, x = torch.randn(4, 6, requires_grad=True), torch.randn(rows, 6, requires_grad=True)
         value, right = compiled(w, x), theirs(w, x)
         torch.testing.assert_close(value, right)
-        torch.testing.assert_close(torch.autograd.grad(value * 3, (w, x)), torch.autograd.grad(right * 3, (w, x)))
+        gradients = (torch.autograd.grad(loss * 3, (w, x)) for loss in (value, right))
+        torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)  # sums of machines with other vectors differ
 
 
 @pytest.mark.parametrize("name", list(losses())[1:])

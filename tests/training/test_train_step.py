@@ -508,3 +508,72 @@ def test_or_gives_an_operand(device: str) -> None:
     pair = Pair(device, model)
     pair.step(*data(device))
     assert pair.ours.engine == "looped"
+
+
+def test_memory_that_is_exchanged_while_the_loop_serves(device: str) -> None:
+    """What a kernel was to write is not written any more."""
+    pair = Pair(device, make=lambda p: SGD(p, lr=0.1))
+    x, targets = data(device)
+    pair.step(x, targets)
+    pair.step(x, targets)
+    soft = torch.softmax(torch.ones(len(x), OUTPUTS, device=device), 1)
+    pair.step(x, soft)
+    pair.step(x, targets)
+    pair.change(lambda m, o, c: [setattr(p, "data", torch.zeros_like(p)) for p in m.parameters()])
+    for _ in range(3):
+        pair.step(x, targets)
+    assert pair.ours.engine == one_call(device)
+
+
+def test_on_chunk_that_changes_the_dtype_of_the_data(device: str) -> None:
+    x, targets = data(device)
+    model = net(device)
+
+    def change(done: int, losses: Tensor) -> None:
+        x.data = x.data.double()
+
+    with pytest.raises(RuntimeError, match=r"on_chunk changed what is trained, .*dtype"):
+        train_steps(model, adam(model.parameters()), x, targets, steps=4, chunk_steps=1, on_chunk=change)
+
+
+def test_a_group_that_is_another_dict(device: str) -> None:
+    pair = Pair(device)
+    for i, (x, targets) in enumerate(batches(device, (16,) * 6)):
+        if i >= 2:
+            groups = {2: {"lr": 0.0}, 3: {"lr": 0.1, "weight_decay": 0.1}}.get(i, {})
+            pair.change(lambda m, o, c, new=groups: o.param_groups.__setitem__(0, {**o.param_groups[0], **new}))
+        pair.step(x, targets)
+        assert pair.ours.engine == one_call(device)
+
+
+@pytest.mark.parametrize("part", ["a class weight", "a moment", "a bias"])
+def test_zeros_without_memory_are_the_loops(device: str, part: str) -> None:
+    if device != "cpu":
+        pytest.skip("it is PyTorch's to say what they are there")
+    model, criterion = net(device), nn.CrossEntropyLoss(reduction="sum")
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    step = make_train_step(model, optimizer, criterion)
+    x, targets = data(device)
+    step(x, targets)
+    if part == "a class weight":
+        criterion.weight = torch._efficientzerotensor((OUTPUTS,))
+        assert step(x, targets) == 0
+    elif part == "a moment":
+        optimizer.state[model[0].weight]["momentum_buffer"] = torch._efficientzerotensor(model[0].weight.shape)
+        with pytest.raises(RuntimeError, match="ZeroTensors are immutable"):
+            step(x, targets)
+    else:
+        model[0].bias.data = torch._efficientzerotensor(model[0].bias.shape)
+        with pytest.raises(RuntimeError, match="ZeroTensors are immutable"):
+            step(x, targets)
+    assert step.engine == "looped"
+
+
+def test_a_step_is_copied_with_what_it_trains(device: str) -> None:
+    model = net(device)
+    step = make_train_step(model, adam(model.parameters()))
+    x, targets = data(device)
+    step(x, targets)
+    twin = copy.deepcopy(step)
+    assert torch.equal(step(x, targets), twin(x, targets))
+    assert twin._training[0] is not model

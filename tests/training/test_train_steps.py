@@ -3,6 +3,7 @@
 import copy
 import warnings
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -521,9 +522,10 @@ def test_the_accuracy_of_several_labels_at_once_is_that_of_all(device: str) -> N
     [
         (nn.MSELoss(), "MSELoss has no classes"),
         (nn.functional.l1_loss, "l1_loss has no classes"),
+        (partial(nn.functional.mse_loss, reduction="sum"), "partial has no classes"),
         (lambda y, t: (y.sum(1) - t).square().mean(), "neither classes and labels nor one column"),
     ],
-    ids=["MSELoss", "l1_loss", "a function"],
+    ids=["MSELoss", "l1_loss", "partial", "a function"],
 )
 def test_where_there_are_no_classes_accuracy_raises_before_the_first_step(
     loop: Any, criterion: Any, words: str

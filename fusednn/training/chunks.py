@@ -24,7 +24,7 @@ class Chunks:
         """`first` is how many products the first chunk may have, which nobody has timed yet."""
         self.net, self.parameters = net, net.parameters
         self.states: list[Tensor] = []
-        self.found: list[Any] = []
+        self.found: tuple[list[Any], ...] = ()
         self.optimizer = KernelOptimizer(job.optimizer, net, job.lr_schedule)
         self.check_labels(job)
         self.begin(job)
@@ -41,8 +41,8 @@ class Chunks:
         self.states = [state for state in (*taken.firsts, *taken.seconds) if state is not None]
         self.found = self._places()
 
-    def _places(self) -> list[Any]:
-        return places_of(self.parameters + self.states)
+    def _places(self) -> tuple[list[Any], ...]:
+        return places_of(self.net, self.parameters, self.states)
 
     def begin(self, job: Job, rows: Rows | None = None) -> None:
         """Run `job` from now on, which may have other data, and nothing else that is new."""
@@ -92,9 +92,15 @@ class Chunks:
         raise NotImplementedError
 
 
-def places_of(tensors: list[Tensor]) -> list[Any]:
-    """Where each begins, its shape and its strides: what `.data =` and `t_()` change of the same tensor."""
-    return [(tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors]
+def places_of(net: Net, parameters: list[Tensor], states: list[Tensor]) -> tuple[list[Any], ...]:
+    """Where parameters and state lie: what `.data =` and `t_()` change of a tensor that stays the same."""
+    tensors = parameters + states
+    return (
+        [tensor.data_ptr() for tensor in tensors],
+        [tensor.is_contiguous() for tensor in tensors],
+        [parameter.numel() for parameter in parameters],
+        [net.w1.shape, net.w2.shape],
+    )
 
 
 def products_of(job: Job, net: Net) -> int:

@@ -131,16 +131,23 @@ class _Held:
             if tensor is None and needed[place] and tensors[1 + (place - 1) % 4] is not None:
                 raise RuntimeError(f"a {names[place]} is gone")
         self.tensors, self.key = tensors, (sizes, rule, dtype)
-        self.there = [tensor for tensor in tensors if tensor is not None]
-        self.storages = [tensor.untyped_storage() for tensor in self.there]
+        w1, b1, w2, b2 = tensors[1:5]
+        assert w1 is not None
+        assert w2 is not None
+        self.net = Net(w1, b1, w2, b2)
+        self.parameters = self.net.parameters
+        self.states = [tensor for tensor in tensors[5:13] if tensor is not None]
+        self.rest = [tensor for tensor in (tensors[0], *tensors[13:]) if tensor is not None]
+        self.storages = [tensor.untyped_storage() for tensor in (*self.parameters, *self.states, *self.rest)]
         given = zip(names, tensors, dtypes, shapes, strict=True)
         self.addresses = [_address(name, tensor, kind, shape) for name, tensor, kind, shape in given]
         self.double_counts = sum((kind == torch.float64) << place for place, kind in enumerate(dtypes[13:]))
         self.memory = self.memory_now()
 
-    def memory_now(self) -> tuple[list[Any], list[int]]:
+    def memory_now(self) -> tuple[list[Any], ...]:
         """Where the tensors lie, and how many bytes their storages have."""
-        return places_of(self.there), [storage.nbytes() for storage in self.storages]
+        places = places_of(self.net, self.parameters, self.states)
+        return *places, [tensor.data_ptr() for tensor in self.rest], [storage.nbytes() for storage in self.storages]
 
 
 def _address(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> int:

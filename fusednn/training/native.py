@@ -35,6 +35,7 @@ class Native(Chunks):
         self.held: _Held | None = None
         self.trusts = False  # whether somebody has just seen that they lie where they lay
         super().__init__(job, net, FIRST_CHUNK)
+        self.optimizer.gives_arrays = True
 
     def check_labels(self, job: Job) -> None:
         """Raise IndexError for a label out of range."""
@@ -63,7 +64,7 @@ class Native(Chunks):
             targets.data_ptr() if self.has_checked else _begin("targets", targets),
             order.data_ptr(),
             *fixed.addresses[:13],
-            taken.table.data_ptr(),
+            taken.table.data_ptr() if isinstance(taken.table, Tensor) else taken.table.buffer_info()[0],
             losses.data_ptr(),
             0 if accuracies is None else accuracies.data_ptr(),
             *fixed.addresses[13:],
@@ -99,13 +100,16 @@ class Native(Chunks):
 
     def _held_of(self, taken: Steps, sizes: tuple[int, int, int]) -> "_Held":
         """Parameters, state and class weights, where they lie now."""
+        if self.trusts and self.held is not None:  # facts say that they are the same, and their places were looked at
+            self.trusts = False
+            return self.held
         tensors = (self.job.criterion.weight, *self.net, *taken.firsts, *taken.seconds, *taken.counts)
-        held, trusts, self.trusts = self.held, self.trusts, False
+        held = self.held
         if (
             held is None
             or not all(map(operator.is_, tensors, held.tensors))
             or held.key != (sizes, taken.rule, self.job.inputs.dtype)
-            or not (trusts or held.memory == held.memory_now())
+            or held.memory != held.memory_now()
         ):
             self.held = held = _Held(tensors, sizes, taken.rule, self.job.inputs.dtype)
         return held

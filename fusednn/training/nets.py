@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import reading
 from ..fuse import FusedLinear, FusedReLU
 from ..modules import Linear, LinearReLU
-from ..reading import GONE, Facts, Node, Reading, Size
+from ..reading import Facts, Node, Reading, Size
 
 Features = tuple[int, ...]
 
@@ -128,8 +128,6 @@ def _net_of(model: nn.Module, found: Reading, features: Features | None, facts: 
         if kind.startswith("linear"):
             weight, bias = (facts.item(node.what, "_parameters", name) for name in ("weight", "bias"))
             facts.attribute(node.what, "__class__")
-            if any(facts.attribute(type(node.what), name) is not GONE for name in ("weight", "bias")):
-                return "a weight or a bias is no parameter"
             if not isinstance(weight, Tensor) or weight.dim() != 2:
                 facts.never()  # its shape may change
                 return other

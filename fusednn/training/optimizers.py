@@ -40,12 +40,12 @@ class Steps(NamedTuple):
 
     `table` [steps, parameters, ROW], in the parameters' dtype and on their device, has the numbers that do not depend
     on gradients; `firsts` and `seconds` are the state of each parameter, and `counts` that of its steps, [], None where
-    there is none.
+    there is none. Of one step the table may be an array.array, to who asks for it.
     """
 
     rule: Rule
     steps: int
-    table: Tensor
+    table: Any
     firsts: tuple[Tensor | None, ...]
     seconds: tuple[Tensor | None, ...]
     counts: tuple[Tensor | None, ...]
@@ -266,6 +266,7 @@ class KernelOptimizer:
         """What the schedule raised behind the last step that was taken: to be raised again when that step is made."""
         self.facts: Facts | None = None
         """Those that hold now, if somebody knows: what was taken under them is looked up no more."""
+        self.gives_arrays = False
         self._kept: tuple[Facts, dict[str, Any], Steps] | None = None
 
     def has_kept(self) -> bool:
@@ -404,7 +405,7 @@ class KernelOptimizer:
         root, eps = _one_over_root(1 - power2), values("eps")
         return [lr / unbiased, decay, 1 - lr * decay, sign, root, eps, 1 - beta1, beta2, 1 - beta2]
 
-    def _table(self, columns: list[list[Any]], steps: int) -> Tensor:
+    def _table(self, columns: list[list[Any]], steps: int) -> Any:
         """The numbers of each parameter as a table, [steps, parameters, ROW], in its dtype and on its device."""
         if steps == 1 and all(_PLAIN.issuperset(map(type, row)) for row in columns):
             return self._packed(list(chain.from_iterable(columns)))
@@ -419,9 +420,12 @@ class KernelOptimizer:
         model = self.model
         return _sent(torch.stack([made[id(row)] for row in columns], dim=1).to(model.dtype), model.device)
 
-    def _packed(self, numbers: list[float]) -> Tensor:
+    def _packed(self, numbers: list[float]) -> Any:
         """The table of one step."""
-        table = torch.frombuffer(array(self._typecode, numbers), dtype=self._dtype).view(1, -1, ROW)
+        values = array(self._typecode, numbers)
+        if self.gives_arrays:
+            return values
+        table = torch.frombuffer(values, dtype=self._dtype).view(1, -1, ROW)
         return table if self.model.is_cpu else _sent(table, self.model.device)
 
     def _rule(self, history: list[list[dict[str, Any]]]) -> Rule:

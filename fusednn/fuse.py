@@ -203,7 +203,7 @@ def _as_it_was(self: nn.Module) -> nn.Module:
 def _reduce(self: nn.Module, protocol: Any) -> Any:
     """For copies and pickles: the class by its plain one, which can be found by name."""
     kind: Any = plain_class(type(self))
-    made = super(type(self), self).__reduce_ex__(protocol)
+    made = super(type(self), self).__reduce_ex__(max(2, protocol))  # what older ones have names a class
     if made[0] is not copyreg.__newobj__ or made[1][:1] != (type(self),):  # type: ignore[attr-defined]
         return made
     fused: Any = type(self)
@@ -310,6 +310,8 @@ class _Analysis:
             function = alone.place.function
             if getattr(plain_class(type(module)), function.__name__, None) is not function:
                 return f"its ReLU stands in a method that super() finds: {alone.text}"
+            if any("__init_subclass__" in vars(kind) for kind in type(module).__mro__[:-1]):
+                return f"its class has an __init_subclass__, which one with the fused call would run: {alone.text}"
             self.places.setdefault(alone.place, []).append(module)
             return alone.place
         words = [self.names.get(user.what, "?") if user.kind == "module" else str(user.what) for user in users]

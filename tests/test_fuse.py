@@ -610,3 +610,29 @@ def test_two_calls_that_begin_at_one_place_are_told_apart(device: str) -> None:
     assert [str(fusion.linear) for fusion in fusions(model)][:1] == ["fc1"]
     fuse(model)
     assert model.fc1.applies_relu
+
+
+class Registered(Odd):
+    def __init_subclass__(cls, *, name: str) -> None:
+        cls.name = name
+
+
+class OfRegistered(Registered, name="it"):
+    def forward(self, x: Tensor) -> Any:
+        return self.fc2(F.relu(self.fc1(x)))
+
+
+def test_a_class_that_hears_of_subclasses_is_left_alone(device: str) -> None:
+    model, x = OfRegistered().to(device), torch.randn(5, 6, device=device)
+    expected = model(x)
+    assert "__init_subclass__" in next(iter(fusions(model))).reason
+    torch.testing.assert_close(fuse(model)(x), expected)
+    assert type(model) is OfRegistered
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_of_every_protocol(device: str, protocol: int) -> None:
+    model, x = fuse(OfSuper().to(device)), torch.randn(5, 6, device=device)
+    again = pickle.loads(pickle.dumps(model, protocol))  # noqa: S301
+    torch.testing.assert_close(again(x), model(x))
+    assert again.fc1.applies_relu

@@ -42,7 +42,7 @@ class Chunks:
         self.found = self._places()
 
     def _places(self) -> tuple[list[Any], ...]:
-        return places_of(self.net, self.parameters, self.states)
+        return places_of(self.parameters, self.states)
 
     def begin(self, job: Job, rows: Rows | None = None) -> None:
         """Run `job` from now on, which may have other data, and nothing else that is new."""
@@ -92,14 +92,14 @@ class Chunks:
         raise NotImplementedError
 
 
-def places_of(net: Net, parameters: list[Tensor], states: list[Tensor]) -> tuple[list[Any], ...]:
+def places_of(parameters: list[Tensor], states: list[Tensor]) -> tuple[list[Any], ...]:
     """Where parameters and state lie: what `.data =` and `t_()` change of a tensor that stays the same."""
     tensors = parameters + states
     return (
         [tensor.data_ptr() for tensor in tensors],
         [tensor.is_contiguous() for tensor in tensors],
         [parameter.numel() for parameter in parameters],
-        [net.w1.shape, net.w2.shape],
+        [parameter.shape for parameter in parameters if parameter.dim() == 2],
     )
 
 

@@ -5,6 +5,7 @@ each chunk anew, since on_chunk may have put other tensors in place. It runs in 
 """
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,13 +49,13 @@ class Native(Chunks):
 
     def train(self, order: Tensor, taken: Steps, numbers: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """One call. Raises IndexError for a label out of range before the first of the steps."""
-        job, x, steps = self.job, self.job.inputs, taken.steps
-        targets, rule = job.targets.long(), taken.rule
+        job, steps = self.job, taken.steps
+        # whatever another thread makes of the tensors meanwhile: these keep what they are now, and its memory
+        x, targets, rule = job.inputs.detach(), job.targets.long().detach(), taken.rule
         if not x.is_cpu or not targets.is_cpu:
             raise RuntimeError(f"the inputs came to {x.device}, and the targets to {targets.device}")
         if x.shape[1] != self.net.w1.shape[1]:
             raise RuntimeError(f"the inputs are {list(x.shape)}, and the net is {self.net}")
-        held = x.untyped_storage(), targets.untyped_storage()  # whatever another thread makes of the tensors meanwhile
         losses = x.new_empty(steps)
         accuracies = x.new_empty(steps) if job.return_accuracy else None
         sizes = self.net.sizes
@@ -88,7 +89,6 @@ class Native(Chunks):
         self.has_checked = False
         machine, smoothing = MACHINES[self.machine], float(numbers["label_smoothing"])
         native.train_mlp(machine, x.dtype == torch.float64, addresses, numbers_of, smoothing)
-        del held
         return losses, losses if accuracies is None else accuracies
 
     def note_memory(self, taken: Steps) -> None:
@@ -135,23 +135,28 @@ class _Held:
             if tensor is None and needed[place] and tensors[1 + (place - 1) % 4] is not None:
                 raise RuntimeError(f"a {names[place]} is gone")
         self.tensors, self.key = tensors, (sizes, rule, dtype)
-        w1, b1, w2, b2 = tensors[1:5]
-        assert w1 is not None
-        assert w2 is not None
-        self.net = Net(w1, b1, w2, b2)
-        self.parameters = self.net.parameters
-        self.states = [tensor for tensor in tensors[5:13] if tensor is not None]
-        self.rest = [tensor for tensor in (tensors[0], *tensors[13:]) if tensor is not None]
-        self.storages = [tensor.untyped_storage() for tensor in (*self.parameters, *self.states, *self.rest)]
-        given = zip(names, tensors, dtypes, shapes, strict=True)
+        kept = [None if tensor is None else tensor.detach() for tensor in tensors]  # as they are now
+        self.storages = [tensor.untyped_storage() for tensor in kept if tensor is not None]
+        given = zip(names, kept, dtypes, shapes, strict=True)
         self.addresses = [_address(name, tensor, kind, shape) for name, tensor, kind, shape in given]
         self.double_counts = sum((kind == torch.float64) << place for place, kind in enumerate(dtypes[13:]))
-        self.memory = self.memory_now()
+        self.lists = _lists(tensors)
+        self.memory = self._memory(*_lists(kept))
 
     def memory_now(self) -> tuple[list[Any], ...]:
         """Where the tensors lie, and how many bytes their storages have."""
-        places = places_of(self.net, self.parameters, self.states)
-        return *places, [tensor.data_ptr() for tensor in self.rest], [storage.nbytes() for storage in self.storages]
+        return self._memory(*self.lists)
+
+    def _memory(self, parameters: list[Tensor], states: list[Tensor], rest: list[Tensor]) -> tuple[list[Any], ...]:
+        pointers, sizes = [tensor.data_ptr() for tensor in rest], [storage.nbytes() for storage in self.storages]
+        return *places_of(parameters, states), pointers, sizes
+
+
+def _lists(tensors: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Parameters, their state, and the rest of a _Held's tensors, as far as they are there."""
+    parts = tensors[1:5], tensors[5:13], (tensors[0], *tensors[13:])
+    parameters, states, rest = ([tensor for tensor in part if tensor is not None] for part in parts)
+    return parameters, states, rest
 
 
 def _address(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> int:

@@ -100,19 +100,16 @@ class Native(Chunks):
 
     def _held_of(self, taken: Steps, sizes: tuple[int, int, int]) -> "_Held":
         """Parameters, state and class weights, where they lie now."""
-        if self.trusts and self.held is not None:  # facts say that they are the same, and their places were looked at
-            self.trusts = False
-            return self.held
         tensors = (self.job.criterion.weight, *self.net, *taken.firsts, *taken.seconds, *taken.counts)
-        held = self.held
-        if (
-            held is None
-            or not all(map(operator.is_, tensors, held.tensors))
-            or held.key != (sizes, taken.rule, self.job.inputs.dtype)
-            or held.memory != held.memory_now()
-        ):
+        held, trusts, self.trusts = self.held, self.trusts, False
+        same = held is not None and all(map(operator.is_, tensors, held.tensors))  # a state may have been made anew
+        if held is None or not same or not (trusts or self._holds(held, taken.rule, sizes)):
             self.held = held = _Held(tensors, sizes, taken.rule, self.job.inputs.dtype)
         return held
+
+    def _holds(self, held: "_Held", rule: Rule, sizes: tuple[int, int, int]) -> bool:
+        """Whether what is held is for such steps, and where it was."""
+        return held.key == (sizes, rule, self.job.inputs.dtype) and held.memory == held.memory_now()
 
 
 class _Held:

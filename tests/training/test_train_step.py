@@ -577,3 +577,14 @@ def test_a_step_is_copied_with_what_it_trains(device: str) -> None:
     twin = copy.deepcopy(step)
     assert torch.equal(step(x, targets), twin(x, targets))
     assert twin._training[0] is not model
+
+
+def test_a_state_that_is_taken_away_again(device: str) -> None:
+    """All is as it was before the first step, but for the memory that the engine knew."""
+    pair = Pair(device)
+    for i, (x, targets) in enumerate(batches(device, (16,) * 6)):
+        if i in (2, 3):
+            pair.change(lambda m, o, c: o.state.pop(m[2].weight))
+        pair.step(x, targets)
+        if i == 4:
+            pair.change(lambda m, o, c: o.state.clear())

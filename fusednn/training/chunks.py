@@ -31,6 +31,7 @@ class Chunks:
         self.pace = Pace(job.inputs, first // products_of(job, net), MOST_STEPS)
 
     trusts = False
+    """Whether somebody has just seen that parameters and state lie where they lay."""
 
     def lie_where_they_lay(self) -> bool:
         """Whether parameters and state lie where the last steps found them, in the same shape."""

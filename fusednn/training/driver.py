@@ -182,10 +182,11 @@ class TrainStep:
         engine, w = self._kernels, choice.net.w1
         kind = choice.engine, w.dtype, w.device
         if kind != self._kind or not all(map(operator.is_, engine.net, choice.net)):
-            self._kind, self._kernels = kind, (engine := start(choice))
-        engine.optimizer.facts = choice.facts[1]
-        if choice.engine != "native" or not engine.optimizer.has_kept():  # the C++ code looks at labels itself
-            engine.check_labels(job)
+            self._kind, self._kernels = kind, (engine := start(choice))  # which looks at the labels
+        else:
+            engine.optimizer.facts = choice.facts[1]
+            if choice.engine != "native" or not engine.optimizer.has_kept():  # else the C++ code looks at them
+                engine.check_labels(job)
         engine.begin(job, self._rows.of(job.inputs))
         try:
             if choice.engine == "native" and engine.optimizer.has_kept():

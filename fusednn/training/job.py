@@ -103,7 +103,7 @@ def check_data(inputs: Tensor, targets: Tensor) -> None:
             raise TypeError(f"{name} need a torch.Tensor, not {type(tensor).__name__}")
         if not tensor.dim():
             raise ValueError(f"{name} need a row for each example, not a 0-d tensor")
-        dense = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor._is_zerotensor()
+        dense = type(tensor) is Tensor and tensor.layout is torch.strided
         if dense and not transformed and (reason := dispatch.without_memory(tensor)) is not None:
             raise RuntimeError(f"{name}: {reason}")
     if inputs.shape[0] != targets.shape[0]:

@@ -28,9 +28,8 @@ class Looped:
         end, job, losses = time.monotonic() + CHUNK_SECONDS, self.job, self.losses
         model, criterion, optimizer, schedule = job.model, job.criterion, job.optimizer, job.lr_schedule
         with torch.enable_grad():
-            for rows in islice(
-                self.batches, most
-            ):  # what a step costs beside the loop's own lines is counted: no calls
+            # the lines of step_of, without a call: what a step costs beside them is counted
+            for rows in islice(self.batches, most):
                 outputs = model(job.inputs[rows])
                 loss = criterion(outputs, reference.as_long(job.targets[rows]))
                 optimizer.zero_grad()

@@ -1,7 +1,7 @@
 """The engine for small nets on a CPU: one call of kernels/native/mlp_training.cpp makes all steps of a chunk.
 
-The C++ code gets addresses and sizes as whole numbers and checks nothing: everything is checked here and in Chunks, for
-each chunk anew, since on_chunk may have put other tensors in place. It runs in this thread, without the GIL.
+The C++ code gets addresses and sizes as whole numbers and checks nothing but the labels: all else is checked here and
+in Chunks, for each chunk, since on_chunk may have put other tensors in place. It runs in this thread, without the GIL.
 """
 
 import operator
@@ -34,7 +34,6 @@ class Native(Chunks):
 
     def __init__(self, job: Job, net: Net) -> None:
         self.held: _Held | None = None
-        self.trusts = False  # whether somebody has just seen that they lie where they lay
         super().__init__(job, net, FIRST_CHUNK)
         self.optimizer.gives_arrays = True
 

@@ -80,10 +80,10 @@ class Choice(NamedTuple):
 
     def is_for(self, job: Job) -> bool:
         """Whether `choose` would choose the same for a batch that is as large at most, by what is quick to see."""
-        net, batch, before = self.net, job.inputs, self.job.inputs
+        net, batch = self.net, job.inputs
         if net is None or batch.dim() != 2 or batch.shape[1] != net.w1.shape[1] or batch.dtype is not net.w1.dtype:
             return False
-        if batch.shape[1:] != before.shape[1:] or job.batch_size > self.job.batch_size:
+        if job.batch_size > self.job.batch_size:
             return False
         if _against_device(job, net) is not None or self.groups != tuple(map(id, job.optimizer.param_groups)):
             return False
@@ -130,7 +130,7 @@ class _Read(NamedTuple):
 
 
 _READ: "WeakKeyDictionary[Optimizer, _Read]" = WeakKeyDictionary()
-"""What was read last for an optimizer. All that may lead back to the optimizer is held weakly."""
+"""What was read last for an optimizer, held weakly but for the optimizer's own groups and states."""
 
 
 def _read(job: Job) -> tuple[Net | str, tuple[Facts, ...]]:

@@ -1,7 +1,8 @@
-"""Cross entropy of logits [M, C] or [B, C, D], with its gradient from the same read of the logits: the launchers.
+"""Cross entropy of logits [M, C] or [B, C, D]: the launchers.
 
-Rows that fit on chip are read once and their gradient is written once; longer rows are read twice. A forward without
-a gradient reads once in any case. :mod:`fusednn.kernels.cross_entropy_kernels` has the math and the kernels.
+A program reads rows that it can hold once, and writes their gradient from that read. Of longer rows the forward writes
+three numbers a row, and backward reads the logits again. A forward without a gradient reads once in any case.
+:mod:`fusednn.kernels.cross_entropy_kernels` has the math and the kernels.
 """
 
 import math
@@ -14,6 +15,7 @@ import triton
 
 from .cross_entropy_kernels import (
     count_labels_kernel,
+    cross_entropy_gradient_kernel,
     cross_entropy_kernel,
     cross_entropy_long_kernel,
     scale_gradient_kernel,
@@ -56,10 +58,10 @@ ON_CHIP = 16384 if torch.version.hip else 32768
 """The most classes of a row that a program holds: on gfx942 32,768 spill (`make resources`)."""
 
 LONG_CONFIGS = {"float": LaunchConfig(1, 4096, num_warps=8), "double": LaunchConfig(1, 2048, num_warps=8)}
-"""For rows with more classes than `CONFIGS` holds; float64 is unmeasured.
+"""For rows with more classes than `CONFIGS` holds: of a trip in the forward, of a program in the gradient.
 
-On an H100, bfloat16 logits of 512 MiB, us forward and with gradient: 65,536 classes 187 and 555, in trips of 2,048 194
-and 568; 262,144 classes 203 and 623, in trips of 2,048 199 and 585."""
+On an H100, bfloat16 logits of 512 MiB, us forward: 65,536 classes 187, in trips of 2,048 194; 262,144 classes 203, in
+trips of 2,048 199. The gradient, and float64, are unmeasured."""
 
 APART_CONFIGS = {"float": LaunchConfig(16, 32, num_warps=4), "double": LaunchConfig(16, 16, num_warps=4)}
 """The same where the classes of a row lie apart and its neighbours side by side, as in [B, C, D]. Unmeasured."""
@@ -88,12 +90,29 @@ def is_deferred(dtype: torch.dtype, reduction: str) -> bool:
     return dtype == torch.float16 and reduction == "mean"
 
 
+@lru_cache
+def most_classes(dtype: torch.dtype, apart: bool, masses: bool) -> int:
+    """The most classes of a row that a program holds, so that the forward computes the gradient.
+
+    `apart` says that a row's classes lie apart, `masses` that each logit has one (see `CONFIGS`).
+    """
+    return max(block_c for (_, block_c), _ in _tiles(dtype, apart, masses))
+
+
+def _tiles(dtype: torch.dtype, apart: bool, masses: bool) -> list[tuple[tuple[int, int], int]]:
+    """The rows of the table, from the shortest rows to the longest."""
+    kind = "double" if dtype == torch.float64 else "float"
+    least = APART_CONFIGS[kind].block_m if apart else 1
+    tiles = CONFIGS[f"{kind}, masses" if masses else kind].items()
+    return [(tile, warps) for tile, warps in tiles if tile[0] >= least and tile[1] <= ON_CHIP]
+
+
 def choose(classes: int, dtype: torch.dtype, apart: bool, masses: bool) -> tuple[LaunchConfig, bool]:
     """The configuration for rows of `classes` logits, and whether a program holds its rows whole on chip."""
-    kind = "double" if dtype == torch.float64 else "float"
-    for (block_m, block_c), num_warps in CONFIGS[f"{kind}, masses" if masses else kind].items():
-        if classes <= block_c <= ON_CHIP and not (apart and block_m < APART_CONFIGS[kind].block_m):
+    for (block_m, block_c), num_warps in _tiles(dtype, apart, masses):
+        if classes <= block_c:
             return LaunchConfig(block_m, block_c, num_warps=num_warps), True
+    kind = "double" if dtype == torch.float64 else "float"
     return APART_CONFIGS[kind] if apart else LONG_CONFIGS[kind], False
 
 
@@ -107,13 +126,15 @@ def plan_forward(
     config, on_chip = choose(c, dtype, apart, masses)
     programs = cdiv(m, config.block_m)
     alone = programs == 1
-    scaled = needs_grad and reduction == "mean" and not is_deferred(dtype, reduction)
+    scaled = on_chip and needs_grad and reduction == "mean" and not is_deferred(dtype, reduction)
     counted = scaled and not (probabilities or alone)
-    rows = plan(
-        programs, config, REDUCTION=reduction, PROBABILITIES=probabilities, WEIGHTED=weighted, SMOOTHED=smoothed,
-        MASSES=masses, NEEDS_GRAD=needs_grad, NEEDS_LOG_P=needs_log_p, SCALED=scaled, COUNTED=counted,
-        ONE_PROGRAM=alone, MOST_COUNTS=MOST_COUNTS, ALIGN=align, BLOCK_M=config.block_m, BLOCK_C=config.block_n,
-    )  # fmt: skip
+    flags = {
+        "REDUCTION": reduction, "PROBABILITIES": probabilities, "WEIGHTED": weighted, "SMOOTHED": smoothed,
+        "MASSES": masses, "NEEDS_GRAD": needs_grad, "ONE_PROGRAM": alone,
+    }  # fmt: skip
+    if on_chip:
+        flags |= {"NEEDS_LOG_P": needs_log_p, "SCALED": scaled, "COUNTED": counted, "MOST_COUNTS": MOST_COUNTS}
+    rows = plan(programs, config, **flags, ALIGN=align, BLOCK_M=config.block_m, BLOCK_C=config.block_n)
     count = total = None
     if counted:
         counters, block = min(MOST_COUNTS, cdiv(m, COUNT_CONFIG.block_m)), COUNT_CONFIG.block_m
@@ -145,6 +166,13 @@ def alignment(c: int, *strides: tuple[int, int, int]) -> int:
     return 1 if c % 16 == 0 else shared
 
 
+def rows_of(x: torch.Tensor) -> tuple[int, int, int, bool]:
+    """The number of rows of x [M, C] or [B, C, D], C, D, and whether a row's classes lie apart."""
+    b, c = x.shape[:2]
+    d = x.shape[2] if x.dim() == 3 else 1
+    return b * d, c, d, d > 1 and x.stride(1) != 1
+
+
 def cross_entropy_forward(
     x: torch.Tensor,
     target: torch.Tensor,
@@ -163,24 +191,26 @@ def cross_entropy_forward(
     the sum of the losses has x's shape; it is not yet divided by the weight where :func:`is_deferred` says so. The
     weight of the rows is 0-d and computed for the mean. What is not needed has no elements. `out` may give the losses
     of the reduction "none" in any dtype and the gradient, also x itself, their place.
+
+    Of rows with more than :func:`most_classes` the second is not their gradient but statistics [3, M], in the dtype of
+    sums, for :func:`cross_entropy_gradient`; `out` then gives the losses their place alone, and log p is not to be had.
     """
-    b, c = x.shape[:2]
-    d = x.shape[2] if x.dim() == 3 else 1
-    m, probabilities, mean = b * d, target.is_floating_point(), reduction == "mean"
-    sums = sum_dtype(x.dtype)
-    if out:
-        loss, grad = out
-    else:
-        shape = () if reduction != "none" else (b, d) if x.dim() == 3 else (b,)
-        loss, grad = x.new_empty(shape), x.new_empty(x.shape if needs_grad else 0)
+    m, c, d, apart = rows_of(x)
+    probabilities, mean, sums = target.is_floating_point(), reduction == "mean", sum_dtype(x.dtype)
+    on_chip = c <= most_classes(x.dtype, apart, probabilities or (weight is not None and label_smoothing > 0))
+    if needs_log_p and not on_chip:
+        raise ValueError(f"rows of {c} classes are longer than a program holds: log p is not computed with their loss")
+    shape = () if reduction != "none" else (x.shape[0], d) if x.dim() == 3 else (m,)
+    loss, grad = out or (x.new_empty(shape), x.new_empty(x.shape if needs_grad and on_chip else 0))
+    if not on_chip:
+        grad = x.new_empty((3, m) if needs_grad else 0, dtype=sums)
     log_p = x.new_empty(x.shape if needs_log_p else 0) if probabilities else grad
     total = x.new_empty(() if mean else 0, dtype=sums)
     if m == 0:
         return loss.fill_(float("nan") if mean else 0.0), grad, log_p, total.fill_(0.0)
 
-    apart = d > 1 and x.stride(1) != 1
     written = grad if needs_grad else log_p
-    x_strides, g_strides = strides_of(x), strides_of(written) if written.dim() > 1 else (0, 0, 0)
+    x_strides, g_strides = strides_of(x), strides_of(written) if on_chip and written.dim() > 1 else (0, 0, 0)
     plans = plan_forward(
         m, c, apart, x.dtype, reduction, probabilities, weight is not None, label_smoothing > 0, needs_grad,
         needs_log_p, alignment(c, x_strides, g_strides),
@@ -196,11 +226,78 @@ def cross_entropy_forward(
         totals = x.new_empty(counts, dtype=sums)
         row_arguments = (m, c, d, t_strides, cdiv(m, counts), ignore_index)
         launch(count_labels_kernel, plans.counting, target, weights, totals, *row_arguments)
-    arguments = (m, c, d, x_strides, t_strides, g_strides, ignore_index, float_bits(label_smoothing), counts)
-    launch(plans.kernel, plans.rows, x, target, weights, losses, grad, log_p, totals, *arguments)
+    ignored_and_smoothing = ignore_index, float_bits(label_smoothing)
+    if on_chip:
+        arguments = (grad, log_p, totals, m, c, d, x_strides, t_strides, g_strides, *ignored_and_smoothing, counts)
+    else:
+        arguments = (grad, totals, m, c, d, x_strides, t_strides, *ignored_and_smoothing)
+    launch(plans.kernel, plans.rows, x, target, weights, losses, *arguments)
     if plans.summing:
         launch(sum_losses_kernel, plans.summing, losses, totals, loss, total, programs, counts)
     return loss, grad, log_p, total
+
+
+@lru_cache(maxsize=4096)
+def plan_gradient(
+    m: int, c: int, apart: bool, dtype: torch.dtype, probabilities: bool, weighted: bool, smoothed: bool,
+    divided: bool, needs_dx: bool, needs_dq: bool, align: int,
+) -> Launch:  # fmt: skip
+    """A program a tile."""
+    kind = "double" if dtype == torch.float64 else "float"
+    config = APART_CONFIGS[kind] if apart else LONG_CONFIGS[kind]
+    return plan(
+        cdiv(m, config.block_m) * cdiv(c, config.block_n), config, PROBABILITIES=probabilities, WEIGHTED=weighted,
+        SMOOTHED=smoothed, MASSES=probabilities or (weighted and smoothed), DIVIDED=divided, NEEDS_DX=needs_dx,
+        NEEDS_DQ=needs_dq, ALIGN=align, BLOCK_M=config.block_m, BLOCK_C=config.block_n,
+    )  # fmt: skip
+
+
+def cross_entropy_gradient(
+    dloss: torch.Tensor,
+    x: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    statistics: torch.Tensor,
+    total: torch.Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    dx: torch.Tensor | None,
+    dq: torch.Tensor | None,
+) -> None:
+    """Write dx and, for probabilities, dq, where they are given; both have the strides of one, dx may be x.
+
+    `statistics` are :func:`cross_entropy_forward`'s, and so is `total` [], which is given for the mean; dloss is 0-d or
+    has a number for each row, at any stride.
+    """
+    m, c, d, apart = rows_of(x)
+    outputs = [gradient for gradient in (dx, dq) if gradient is not None]
+    if not (x.numel() and outputs):
+        return
+    probabilities, x_strides, g_strides = target.is_floating_point(), strides_of(x), strides_of(outputs[0])
+    planned = plan_gradient(
+        m, c, apart, x.dtype, probabilities, weight is not None, label_smoothing > 0, total is not None,
+        dx is not None, dq is not None, alignment(c, x_strides, g_strides),
+    )  # fmt: skip
+    launch(
+        cross_entropy_gradient_kernel, planned, x, target, x if weight is None else weight, statistics, dloss,
+        statistics if total is None else total, (outputs[0], outputs[-1]), m, c, d, x_strides,
+        strides_of(target, probabilities), strides_of(dloss, classes=False), g_strides, ignore_index,
+        float_bits(label_smoothing),
+    )  # fmt: skip
+
+
+def cross_entropy_in_place(
+    x: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor | None, ignore_index: int, label_smoothing: float,
+    losses: torch.Tensor, dloss: torch.Tensor | None = None,
+) -> None:  # fmt: skip
+    """Write the losses [M] of logits x [M, C], and over x their gradient, multiplied by dloss [M] if it is given."""
+    arguments = (x, labels, weight, ignore_index)
+    _, saved, _, _ = cross_entropy_forward(*arguments, "none", label_smoothing, True, out=(losses, x))
+    if saved is not x:
+        dloss = losses.new_ones(()) if dloss is None else dloss
+        cross_entropy_gradient(dloss, x, labels, weight, saved, None, ignore_index, label_smoothing, x, None)
+    elif dloss is not None:
+        scale_gradient(dloss, x, labels, None, ignore_index, x)
 
 
 @lru_cache

@@ -209,19 +209,18 @@ def cross_entropy_kernel(
 
 @triton.jit(do_not_specialize=["M", "ignore_index", "smoothing", "counts"])
 def cross_entropy_long_kernel(
-    x_ptr, target_ptr, weight_ptr, loss_ptr, grad_ptr, log_p_ptr, total_ptr, M, C, D, x_strides, t_strides, g_strides,
-    ignore_index, smoothing, counts,
+    x_ptr, target_ptr, weight_ptr, loss_ptr, statistics_ptr, total_ptr, M, C, D, x_strides, t_strides,
+    ignore_index, smoothing,
     REDUCTION: tl.constexpr, PROBABILITIES: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTHED: tl.constexpr,
-    MASSES: tl.constexpr, NEEDS_GRAD: tl.constexpr, NEEDS_LOG_P: tl.constexpr, SCALED: tl.constexpr,
-    COUNTED: tl.constexpr, ONE_PROGRAM: tl.constexpr, MOST_COUNTS: tl.constexpr,
+    MASSES: tl.constexpr, NEEDS_GRAD: tl.constexpr, ONE_PROGRAM: tl.constexpr,
     ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The same of rows longer than BLOCK_C: sums are taken online, and the logits are read once more for a gradient.
+    """Losses of BLOCK_M rows that are longer than BLOCK_C, and what cross_entropy_gradient_kernel needs of them.
 
-    Each lane of a block keeps a sum of its own under one running maximum a row; the lanes are added last, pairwise.
+    That is the maximum m, the sum of exp(x - m) and the mass A of each row: statistics [3, M]. Sums are taken online:
+    each lane of a block keeps a sum of its own under one running maximum a row; the lanes are added last, pairwise.
     """
     C, x_strides = aligned(C, x_strides, ALIGN)
-    C, g_strides = aligned(C, g_strides, ALIGN)
     dtype: tl.constexpr = sum_dtype(x_ptr.dtype.element_ty)
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
@@ -231,8 +230,6 @@ def cross_entropy_long_kernel(
         target_ptr, weight_ptr, offs_m, mask_m, C, D, t_strides, ignore_index, PROBABILITIES, WEIGHTED, dtype
     )
     kept, share = split_smoothing(weight, smoothing, C, SMOOTHED)
-    if not MASSES:  # read before the gradient may be written over it
-        x_label = load(x_rows + (label * x_strides[1])[:, None], (valid & in_range)[:, None]).to(dtype)
 
     m = tl.full((BLOCK_M,), float("-inf"), dtype)
     base = tl.zeros((BLOCK_M,), dtype)  # what is subtracted: the maximum, or 0 while that is -inf
@@ -262,31 +259,68 @@ def cross_entropy_long_kernel(
 
     if not MASSES:
         mass = weight
+        x_label = load(x_rows + (label * x_strides[1])[:, None], (valid & in_range)[:, None]).to(dtype)
         spread += kept * (tl.sum(x_label, axis=1) - m)
     loss = finish_losses(mass * tl.log(total_exp) - spread, valid, in_range)
-    total = reduce_losses(
-        loss, weight, offs_m, M, loss_ptr, total_ptr, counts, REDUCTION, ONE_PROGRAM, COUNTED, MOST_COUNTS
-    )
+    reduce_losses(loss, weight, offs_m, M, loss_ptr, total_ptr, 0, REDUCTION, ONE_PROGRAM, False, 1)
+    if NEEDS_GRAD:
+        tl.store(statistics_ptr + offs_m, m, mask=mask_m)
+        tl.store(statistics_ptr + offs_m + M, total_exp, mask=mask_m)
+        tl.store(statistics_ptr + offs_m + 2 * M, mass, mask=mask_m)
 
-    scale = 1.0 / total if SCALED else 1.0
-    g_rows = row_offsets(offs_m, D, g_strides)[:, None]
-    for c in range(0, C if NEEDS_GRAD or NEEDS_LOG_P else 0, BLOCK_C):
-        offs_c = c + tl.arange(0, BLOCK_C)
-        mask = mask_m[:, None] & (offs_c < C)[None, :]
-        steps = offs_c.to(tl.int64)[None, :]
-        shifted = load(x_rows + steps * x_strides[1], mask, other=float("-inf")).to(dtype) - m[:, None]
-        if NEEDS_LOG_P:
-            store(log_p_ptr + g_rows + steps * g_strides[1], shifted - tl.log(total_exp)[:, None], mask)
-        if NEEDS_GRAD:
-            a = shifted
-            if MASSES:
-                a = load_masses(
-                    t_rows + steps * t_strides[1], weight_ptr, label, kept, share, smoothing, offs_c, mask, C,
-                    PROBABILITIES, WEIGHTED, SMOOTHED,
-                )  # fmt: skip
-            p = tl.exp(shifted) / total_exp[:, None]
-            grad = finish_gradient(p, a, mass, label, kept, share, offs_c, scale, valid, in_range, MASSES)
-            store(grad_ptr + g_rows + steps * g_strides[1], grad, mask)
+
+@triton.jit(do_not_specialize=["M", "ignore_index", "smoothing"])
+def cross_entropy_gradient_kernel(
+    x_ptr, target_ptr, weight_ptr, statistics_ptr, dloss_ptr, total_ptr, grad_ptrs, M, C, D,
+    x_strides, t_strides, dloss_strides, g_strides, ignore_index, smoothing,
+    PROBABILITIES: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTHED: tl.constexpr, MASSES: tl.constexpr,
+    DIVIDED: tl.constexpr, NEEDS_DX: tl.constexpr, NEEDS_DQ: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dx = f (A p - a) and, for probabilities q, dq = -f w (1 - s) log p of a tile, with f = dloss, or dloss / total.
+
+    `grad_ptrs` are dx and dq. Reads the statistics of cross_entropy_long_kernel; dx may be x.
+    """
+    C, x_strides = aligned(C, x_strides, ALIGN)
+    C, g_strides = aligned(C, g_strides, ALIGN)
+    dtype: tl.constexpr = sum_dtype(x_ptr.dtype.element_ty)
+    tiles_c = tl.cdiv(C, BLOCK_C)
+    offs_m = (tl.program_id(0) // tiles_c).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_c = (tl.program_id(0) % tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_m = offs_m < M
+    mask = mask_m[:, None] & (offs_c < C)[None, :]
+    steps = offs_c.to(tl.int64)[None, :]
+    g_offs = row_offsets(offs_m, D, g_strides)[:, None] + steps * g_strides[1]
+
+    x = load(x_ptr + row_offsets(offs_m, D, x_strides)[:, None] + steps * x_strides[1], mask, other=float("-inf"))
+    label, weight, valid, in_range = load_labels(
+        target_ptr, weight_ptr, offs_m, mask_m, C, D, t_strides, ignore_index, PROBABILITIES, WEIGHTED, dtype
+    )
+    kept, share = split_smoothing(weight, smoothing, C, SMOOTHED)
+    m = tl.load(statistics_ptr + offs_m, mask=mask_m, other=0.0)
+    total_exp = tl.load(statistics_ptr + offs_m + M, mask=mask_m, other=1.0)
+    factor = load(dloss_ptr + row_offsets(offs_m, D, dloss_strides), mask_m).to(dtype)
+    if DIVIDED:
+        factor /= tl.load(total_ptr)
+
+    shifted = x.to(dtype) - m[:, None]
+    if NEEDS_DX:
+        a = shifted
+        if MASSES:
+            t_ptrs = target_ptr + row_offsets(offs_m, D, t_strides)[:, None] + steps * t_strides[1]
+            a = load_masses(
+                t_ptrs, weight_ptr, label, kept, share, smoothing, offs_c, mask, C, PROBABILITIES, WEIGHTED, SMOOTHED
+            )
+        mass = tl.load(statistics_ptr + offs_m + 2 * M, mask=mask_m, other=0.0)
+        p = tl.exp(shifted) / total_exp[:, None]
+        dx = finish_gradient(p, a, mass, label, kept, share, offs_c, factor[:, None], valid, in_range, MASSES)
+        store(grad_ptrs[0] + g_offs, dx, mask)
+    if NEEDS_DQ:
+        log_p = shifted - tl.log(total_exp)[:, None]
+        dq = -(factor * kept)[:, None] * log_p
+        if WEIGHTED:
+            dq *= load(weight_ptr + offs_c, offs_c < C).to(dtype)[None, :]
+        store(grad_ptrs[1] + g_offs, dq, mask)
 
 
 @triton.jit

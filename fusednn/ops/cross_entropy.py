@@ -1,13 +1,16 @@
 """Cross entropy of logits [M, C] or [B, C, D], classes in dimension 1: the operators and the autograd.Functions.
 
 A target gives class c of a row a mass a_c = w_c q_c (class weight times smoothed target). With A = Σ a_c, p the softmax
-and s the scale of a row (1, 1 / its weights' sum for the mean, 0 where ignored) the gradient is grad = s (A p - a). The
-forward computes it in the same pass, and the Function returns it as a second, differentiable output that it saves, in
-the place of the logits. Backward is dloss · grad, and what flows into grad itself, v, adds s A p ∘ (v - <p, v>).
-A p is recovered from grad.
+and s the scale of a row (1, 1 / its weights' sum for the mean, 0 where ignored) the gradient is grad = s (A p - a).
 
-In float16 the mean leaves its 1 / Σ w out of grad, which would lose the entries that it makes too small, and backward
-puts it in: s is 1 then, and r, by which dloss is multiplied, the 1 / Σ w.
+Where a program holds a row, the forward computes grad in the same pass, and the Function returns it as a second,
+differentiable output that it saves, in the place of the logits. Backward is dloss · grad, and what flows into grad
+itself, v, adds s A p ∘ (v - <p, v>). A p is recovered from grad. In float16 the mean leaves its 1 / Σ w out of grad,
+which would lose the entries that it makes too small, and backward puts it in: s is 1 then, and r, by which dloss is
+multiplied, the 1 / Σ w.
+
+Of longer rows the Function saves the logits and three numbers a row, and backward is a Function of its own: it reads
+the logits once and writes dloss · grad. Its derivatives are PyTorch's operators on the logits.
 """
 
 from collections.abc import Callable
@@ -75,6 +78,41 @@ def _soft_fake(
     return loss, x.new_empty(x.shape if needs_grad else (0,)), x.new_empty(x.shape if needs_log_p else (0,))
 
 
+def _long_forward(
+    x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not target.is_floating_point():
+        check_range(target, x.shape[1], ignore_index)
+    arguments = (x, target, weight, ignore_index, reduction, label_smoothing)
+    loss, statistics, _, total = kernels("cross_entropy").cross_entropy_forward(*arguments, True)
+    return loss, statistics, total
+
+
+def _long_fake(
+    x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, sums = (x.shape[0], *x.shape[2:]), kernels("cross_entropy").sum_dtype(x.dtype)
+    total = x.new_empty(() if reduction == "mean" else (0,), dtype=sums)
+    statistics = x.new_empty((3, x.shape[0] * (x.shape[2] if x.dim() == 3 else 1)), dtype=sums)
+    return x.new_empty(rows if reduction == "none" else ()), statistics, total
+
+
+def _new_gradients(x: Tensor, needs_dx: bool, needs_dq: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape if needs_dx else (0,)), x.new_empty(x.shape if needs_dq else (0,))
+
+
+def _long_backward(
+    dloss: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, statistics: Tensor, total: Tensor,
+    ignore_index: int, reduction: str, label_smoothing: float, needs_dx: bool, needs_dq: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dx, dq = _new_gradients(x, needs_dx, needs_dq)
+    kernels("cross_entropy").cross_entropy_gradient(
+        dloss, x, target, weight, statistics, total if reduction == "mean" else None, ignore_index, label_smoothing,
+        dx if needs_dx else None, dq if needs_dq else None,
+    )  # fmt: skip
+    return dx, dq
+
+
 def _scaled(
     dloss: Tensor, grad: Tensor, labels: Tensor | None, total: Tensor | None, ignore_index: int,
     dtype: torch.dtype | None = None, in_place: bool = False,
@@ -104,20 +142,54 @@ _scale_gradient: Callable[..., Tensor] = define(
 )
 
 
+_long_cross_entropy: Callable[..., tuple[Tensor, Tensor, Tensor]] = define(
+    "long_cross_entropy(Tensor x, Tensor target, Tensor? weight, int ignore_index, str reduction,"
+    " float label_smoothing) -> (Tensor, Tensor, Tensor)",
+    _long_forward,
+    _long_fake,
+)
+_long_gradient: Callable[..., tuple[Tensor, Tensor]] = define(
+    "long_cross_entropy_gradient(Tensor dloss, Tensor x, Tensor target, Tensor? weight, Tensor statistics,"
+    " Tensor total, int ignore_index, str reduction, float label_smoothing, bool needs_dx, bool needs_dq)"
+    " -> (Tensor, Tensor)",
+    _long_backward,
+    lambda dloss, x, *arguments: _new_gradients(x, *arguments[-2:]),
+)
+
+
 def cross_entropy(
     x: Tensor, labels: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
 ) -> Tensor:
     """The loss, of the labels' shape for the reduction "none" and else 0-d; weight is [C], contiguous, or None."""
     arguments = (x, labels, weight, ignore_index, reduction, label_smoothing)
-    return (_record(*arguments) if needs_graph(x) else _cross_entropy(*arguments, False))[0]
+    if not needs_graph(x):
+        return _cross_entropy(*arguments, False)[0]
+    record = _record_long if _is_long(x, weight is not None and label_smoothing > 0) else _record
+    return record(*arguments)[0]
 
 
 def soft_cross_entropy(x: Tensor, q: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float) -> Tensor:
     """The same with probabilities q, of x's shape and dtype, as the target."""
     arguments = (x, q, weight, reduction, label_smoothing)
-    if needs_graph(x, q):
-        return _record_soft(*arguments, needs_graph(q))[0]
-    return _soft_cross_entropy(*arguments, False, False)[0]
+    if not needs_graph(x, q):
+        return _soft_cross_entropy(*arguments, False, False)[0]
+    if _is_long(x, True):
+        return _record_long(x, q, weight, 0, reduction, label_smoothing)[0]
+    return _record_soft(*arguments, needs_graph(q))[0]
+
+
+def _is_long(x: Tensor, masses: bool) -> bool:
+    """Whether no program holds a row of x, so that backward reads the logits again."""
+    apart = x.dim() == 3 and x.shape[2] > 1 and x.stride(1) != 1
+    return x.shape[1] > _most_classes(x.dtype, apart, masses)
+
+
+def _most_classes(dtype: torch.dtype, apart: bool, masses: bool) -> int:
+    most: int = kernels("cross_entropy").most_classes(dtype, apart, masses)
+    return most
+
+
+_most_classes._dynamo_marked_constant = True  # type: ignore[attr-defined]  # run, not traced, by torch.compile
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -205,8 +277,65 @@ class SoftCrossEntropy(torch.autograd.Function):
         return dx, dq, None, None, None, None
 
 
+class LongCrossEntropy(torch.autograd.Function):
+    """The loss of labels or probabilities. Saves the logits, the target and what the kernel summed of each row."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _long_cross_entropy(x, target, weight, ignore_index, reduction, label_smoothing)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, target, weight, *ctx.arguments = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(x, target, weight, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dloss is None:
+            return (None,) * 6
+        needs = ctx.needs_input_grad[:2]
+        record = _record_long_gradient if needs_graph(dloss, *ctx.saved_tensors[:2]) else _long_gradient
+        gradients = record(dloss, *ctx.saved_tensors, *ctx.arguments, *needs)
+        dx, dq = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+        return dx, dq, None, None, None, None
+
+
+class LongCrossEntropyGradient(torch.autograd.Function):
+    """dx and dq, each empty unless it is needed. Saves what it was given."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        return _long_gradient(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        dloss, x, target, weight, _, total, *ctx.arguments = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(dloss, x, target, weight, total)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor | None, u: Tensor | None) -> tuple[Tensor | None, ...]:
+        ignore_index, reduction, label_smoothing, needs_dx, needs_dq = ctx.arguments
+        v, u = v if needs_dx else None, u if needs_dq else None
+        dloss, x, target, weight, total = ctx.saved_tensors
+        total = total if reduction == "mean" else None
+        seconds = derivatives.long_seconds(dloss, x, target, weight, total, ignore_index, label_smoothing, v, u)
+        needs = ctx.needs_input_grad[:3]
+        return *(second if need else None for second, need in zip(seconds, needs, strict=True)), *[None] * 8
+
+
 _record: Callable[..., tuple[Tensor, ...]] = recorded(CrossEntropy)
 _record_soft: Callable[..., tuple[Tensor, ...]] = recorded(SoftCrossEntropy)
+_record_long: Callable[..., tuple[Tensor, ...]] = recorded(LongCrossEntropy)
+_record_long_gradient: Callable[..., tuple[Tensor, ...]] = recorded(LongCrossEntropyGradient)
 
 
 def nobody_looks() -> bool:

@@ -60,3 +60,38 @@ def target_gradient(
         dq = dq + scale * ((log_p.exp() * v).sum(1, keepdim=True) - v)
     dq = dq * (1 - ctx.label_smoothing if ctx.label_smoothing > 0 else 1)
     return (dq if weight is None else dq * _per_class(weight, dq)).to(dtype)
+
+
+def long_seconds(
+    dloss: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, total: Tensor | None, ignore_index: int,
+    label_smoothing: float, v: Tensor | None, u: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """What flows on to dloss, x and probabilities q from v into dx = f (A p - a) and from u into dq = -f k w log p.
+
+    f is dloss, or dloss / total, of each row and 0 where it is ignored, k is 1 - label smoothing.
+    """
+    log_p, factor, soft = _wide(x).log_softmax(1), _wide(dloss), target.is_floating_point()
+    p, factor = log_p.exp(), factor.unsqueeze(1) if dloss.dim() else factor
+    mass = masses(target, weight, label_smoothing) if soft else label_masses(x, target, weight, label_smoothing)
+    ignored = None if soft else (target.long() == ignore_index).unsqueeze(1)
+    if not soft:  # a label out of range makes its row NaN
+        outside = ((target < 0) | (target >= x.shape[1])).unsqueeze(1)
+        factor = torch.where(ignored, 0, torch.where(outside, float("nan"), factor))
+    if total is not None:
+        factor = factor / total.masked_fill(total == 0, 1)  # 0 where no row counts
+    of_dloss, dx, dq = torch.zeros_like(p), torch.zeros_like(p), None
+    kw = torch.full((), 1 - label_smoothing if label_smoothing > 0 else 1.0, dtype=p.dtype, device=p.device)
+    kw = kw if weight is None else kw * _per_class(weight, p)
+    if v is not None:
+        v = _wide(v)
+        mean, whole = (p * v).sum(1, keepdim=True), mass.sum(1, keepdim=True)
+        of_dloss, dx, dq = v * (whole * p - mass), factor * whole * p * (v - mean), factor * kw * (mean - v)
+    if u is not None:
+        wu = kw * _wide(u)
+        of_dloss, dx = of_dloss - wu * log_p, dx - factor * (wu - p * wu.sum(1, keepdim=True))
+    of_rows = of_dloss.sum(1, keepdim=True)
+    of_dloss = of_rows if total is None else of_rows / total.masked_fill(total == 0, 1)
+    if ignored is not None:
+        of_dloss, dx = of_dloss.masked_fill(ignored, 0), dx.masked_fill(ignored, 0)
+    of_dloss = of_dloss.squeeze(1) if dloss.dim() else of_dloss.sum()
+    return of_dloss.to(dloss.dtype), dx.to(x.dtype), None if dq is None else dq.to(x.dtype)

@@ -88,8 +88,11 @@ def _forward(
     needs, module = (needs_dx, needs_dw, needs_db), kernels("cross_entropy")
     grads, losses = _new_gradients(x, w, needs), x.new_empty(x.shape[0], dtype=module.sum_dtype(x.dtype))
     for rows, logits in _chunks(x, w, b, chunk_rows):
-        arguments = (logits, labels[rows], weight, ignore_index, "none", label_smoothing, any(needs))
-        module.cross_entropy_forward(*arguments, out=(losses[rows], logits))
+        if not any(needs):
+            arguments = (logits, labels[rows], weight, ignore_index, "none", label_smoothing, False)
+            module.cross_entropy_forward(*arguments, out=(losses[rows], logits))
+            continue
+        module.cross_entropy_in_place(logits, labels[rows], weight, ignore_index, label_smoothing, losses[rows])
         _add_gradients(grads, rows, logits, x, w, needs)
     if reduction == "none":
         return losses, *grads, losses.new_empty(0)
@@ -120,9 +123,8 @@ def _rows_backward(
     needs, module = (needs_dx, needs_dw, needs_db), kernels("cross_entropy")
     grads, losses = _new_gradients(x, w, needs), x.new_empty(x.shape[0], dtype=module.sum_dtype(x.dtype))
     for rows, logits in _chunks(x, w, b, chunk_rows):
-        arguments = (logits, labels[rows], weight, ignore_index, "none", label_smoothing, True)
-        module.cross_entropy_forward(*arguments, out=(losses[rows], logits))
-        module.scale_gradient(dloss[rows], logits, labels[rows], None, ignore_index, logits)
+        arguments = (logits, labels[rows], weight, ignore_index, label_smoothing, losses[rows])
+        module.cross_entropy_in_place(*arguments, dloss[rows])
         _add_gradients(grads, rows, logits, x, w, needs)
     return grads[0], grads[1].to(w.dtype), grads[2].to(w.dtype)
 

@@ -63,6 +63,27 @@ def exact(
     return loss.detach(), grad
 
 
+def is_long(x: Tensor, target: Tensor, weight: Tensor | None, smoothing: float) -> bool:
+    """Whether backward computes the gradient, of the logits once more."""
+    apart, masses = kernels.rows_of(x)[3], target.is_floating_point() or (weight is not None and smoothing > 0)
+    return x.shape[1] > kernels.most_classes(x.dtype, apart, masses)
+
+
+def forward(
+    x: Tensor, target: Tensor, weight: Tensor | None, ignored: int, reduction: str, smoothing: float, needs_grad: bool,
+    needs_log_p: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Loss, gradient, log p and the weight of the rows; of long rows the gradient of probabilities for log p."""
+    arguments = (x, target, weight, ignored, reduction, smoothing)
+    if not (needs_grad and is_long(x, target, weight, smoothing)):
+        return kernels.cross_entropy_forward(*arguments, needs_grad, needs_log_p)
+    loss, statistics, _, total = kernels.cross_entropy_forward(*arguments, True)
+    dx, dq = x.new_empty(x.shape), x.new_empty(x.shape) if target.is_floating_point() else None
+    divisor = total if reduction == "mean" else None
+    kernels.cross_entropy_gradient(x.new_ones(()), x, target, weight, statistics, divisor, ignored, smoothing, dx, dq)
+    return loss, dx, dx if dq is None else dq, total
+
+
 def masses(x: Tensor, target: Tensor, case: Case, weight: Tensor | None) -> Tensor:
     """What each class weighs in each row's loss, in float64."""
     classes = torch.arange(x.shape[1], device=x.device).reshape(-1, *[1] * (x.dim() - 2))
@@ -78,13 +99,14 @@ def check(
     c, given = x.shape[1], [tensor for tensor in (x, target, weight) if tensor is not None]
     before = [bits(tensor).clone() for tensor in given]
     arguments = (x, target, weight, ignored, reduction, case.smoothing)
-    loss, grad, log_p, total = kernels.cross_entropy_forward(*arguments, True, case.probabilities)
-    without, nothing, _, _ = kernels.cross_entropy_forward(*arguments, False)
+    loss, grad, log_p, total = forward(*arguments, True, case.probabilities)
+    without, nothing, _, _ = forward(*arguments, False)
     assert all(torch.equal(bits(tensor), old) for tensor, old in zip(given, before, strict=True))
     assert nothing.numel() == 0
     assert (loss.dtype, grad.dtype, grad.shape) == (x.dtype, x.dtype, x.shape)
     right_loss, right_grad = exact(x, target, reduction, case, weight, ignored)
 
+    long = is_long(x, target, weight, case.smoothing)
     u, unit, factor = sum_unit(x.dtype), UNIT[x.dtype], 8 if c <= 16 else 16
     a, x = masses(x, target, case, weight), x.double()
     valid = torch.ones_like(a[:, 0]) if case.probabilities else (target != ignored).double()
@@ -101,15 +123,20 @@ def check(
         torch.testing.assert_close(total.double(), weights.sum(), rtol=1e-6, atol=0)
 
     divisor = weights.sum() if reduction == "mean" else torch.ones((), device=x.device)
-    if kernels.is_deferred(grad.dtype, reduction):
+    if kernels.is_deferred(grad.dtype, reduction) and not long:
         right_grad, divisor = right_grad * divisor, divisor / divisor
     p, mass = x.softmax(1), mass.unsqueeze(1)
     bound = factor * u * slack * ((p * mass * (distances + math.log(c) + 4) + a) / divisor + right_grad.abs())
     bound = bound + unit * right_grad.abs() + (2.0**-25 if grad.dtype == torch.float16 else 2.0**-126)
     assert ((grad.double() - right_grad).abs() <= bound).all()
     if case.probabilities:
-        right = x.log_softmax(1)
-        assert ((log_p.double() - right).abs() <= factor * u * slack * (right.abs() + 1) + unit * right.abs()).all()
+        right, scale = x.log_softmax(1), torch.ones((), dtype=x.dtype, device=x.device)
+        if long:  # the gradient of the probabilities, -w (1 - s) log p
+            scale = scale * (case.smoothing - 1) / divisor
+            scale = scale if weight is None else scale * weight.double().reshape(-1, *[1] * (x.dim() - 2))
+        least = 2.0**-25 if grad.dtype == torch.float16 else 0.0
+        bound = scale.abs() * (factor * u * slack * (right.abs() + 1) + unit * right.abs()) + least
+        assert ((log_p.double() - scale * right).abs() <= bound).all()
 
 
 SHAPES = [(5, 1), (7, 10), (300, 10), (33, 65), (5, 1000), (3, 33000), (3, 10, 7), (2, 65, 40), (2, 600, 40)]
@@ -158,7 +185,7 @@ def kernels_launched(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> lis
     """The names of the kernels that a forward launches."""
     launched: list[str] = []
     monkeypatch.setattr(kernels, "launch", lambda kernel, *a: launched.append(kernel.fn.__name__))
-    kernels.cross_entropy_forward(*arguments)
+    forward(*arguments)
     return launched
 
 
@@ -189,7 +216,7 @@ def test_label_dtypes(classes: int, dtype: torch.dtype, device: str) -> None:
     ignored = 255 if dtype == torch.uint8 else -7
     target[::5] = ignored
     right_loss, right_grad = exact(x, target, "mean", WEIGHTED, weight, ignored)
-    loss, grad, _, _ = kernels.cross_entropy_forward(x, target.to(dtype), weight, ignored, "mean", 0.0, True)
+    loss, grad, _, _ = forward(x, target.to(dtype), weight, ignored, "mean", 0.0, True)
     torch.testing.assert_close(loss, right_loss.float())
     torch.testing.assert_close(grad, right_grad.float())
 
@@ -218,10 +245,10 @@ def test_strides(shape: tuple[int, ...], case: Case, device: str) -> None:
     """Transposed, sliced and expanded logits and targets; labels that are a column or start unaligned."""
     x, target, weight = batch(*shape, dtype=torch.float32, device=device, case=case)
     check(x, target, "mean", case, weight)
-    right = kernels.cross_entropy_forward(x, target, weight, IGNORED, "mean", case.smoothing, True)
+    right = forward(x, target, weight, IGNORED, "mean", case.smoothing, True)
     for logits in (x, *views(x)):
         for labels in (target, *views(target)):
-            results = kernels.cross_entropy_forward(logits, labels, weight, IGNORED, "mean", case.smoothing, True)
+            results = forward(logits, labels, weight, IGNORED, "mean", case.smoothing, True)
             for result, value in zip(results[:2], right[:2], strict=True):
                 torch.testing.assert_close(result, value, rtol=2e-7, atol=1e-8)
     check(x[:1].expand(shape), target, "mean", case, weight)
@@ -236,7 +263,7 @@ def test_label_out_of_range(case: Case, label: int | str, classes: int, reductio
     """Its row's loss and gradient are NaN, the other rows' gradients right; nothing out of bounds is read."""
     x, target, weight = batch(9, classes, dtype=torch.float32, device=device, case=case)
     target[0], target[4] = 1, classes if label == "classes" else int(label)
-    loss, grad, _, _ = kernels.cross_entropy_forward(x, target, weight, IGNORED, reduction, case.smoothing, True)
+    loss, grad, _, _ = forward(x, target, weight, IGNORED, reduction, case.smoothing, True)
     bad = torch.arange(9, device=device) == 4
     assert torch.equal(loss.isnan(), bad if reduction == "none" else torch.tensor(True, device=device))
     assert torch.equal(grad.isnan().all(1), bad)
@@ -253,7 +280,7 @@ def test_all_ignored(case: Case, reduction: str, rows: int, device: str) -> None
     """The mean is NaN as in PyTorch, and every gradient is zero."""
     x, _, weight = batch(rows, 10, dtype=torch.float32, device=device, case=case)
     target = torch.full((rows,), IGNORED, device=device)
-    loss, grad, _, _ = kernels.cross_entropy_forward(x, target, weight, IGNORED, reduction, case.smoothing, True)
+    loss, grad, _, _ = forward(x, target, weight, IGNORED, reduction, case.smoothing, True)
     expected = F.cross_entropy(x, target, weight, reduction=reduction, label_smoothing=case.smoothing)
     torch.testing.assert_close(loss, expected, equal_nan=True)
     assert torch.equal(grad, torch.zeros_like(x))
@@ -268,7 +295,7 @@ def test_class_weights_of_zero(classes: int, smoothing: float, device: str) -> N
     for weight in (torch.arange(classes, device=device).float() // 3, torch.zeros(classes, device=device)):
         for reduction in REDUCTIONS:
             right = exact(x, target, reduction, Case(weighted=True, smoothing=smoothing), weight)
-            results = kernels.cross_entropy_forward(x, target, weight, IGNORED, reduction, smoothing, True)
+            results = forward(x, target, weight, IGNORED, reduction, smoothing, True)
             torch.testing.assert_close(results[0], right[0].float(), equal_nan=True)
             torch.testing.assert_close(results[1], right[1].float(), equal_nan=True)
 
@@ -278,7 +305,7 @@ def test_class_weights_of_zero(classes: int, smoothing: float, device: str) -> N
 @pytest.mark.parametrize("case", [LABELS, PROBABILITIES], ids=str)
 def test_no_rows(case: Case, shape: tuple[int, ...], reduction: str, device: str) -> None:
     x, target, _ = batch(*shape, dtype=torch.float32, device=device, case=case)
-    loss, grad, _, _ = kernels.cross_entropy_forward(x, target, None, IGNORED, reduction, 0.0, True)
+    loss, grad, _, _ = forward(x, target, None, IGNORED, reduction, 0.0, True)
     torch.testing.assert_close(loss, F.cross_entropy(x, target, reduction=reduction), equal_nan=True)
     assert grad.shape == shape
 
@@ -303,7 +330,7 @@ def test_nan_and_infinity(case: Case, classes: int, device: str) -> None:
     x[7, classes - 1] = inf
     x[8] = nan
     x[9, :4] = -inf
-    loss, grad, _, _ = kernels.cross_entropy_forward(x, target, weight, IGNORED, "none", case.smoothing, True)
+    loss, grad, _, _ = forward(x, target, weight, IGNORED, "none", case.smoothing, True)
     right_loss, right_grad = exact(x, target, "none", case, weight)
     torch.testing.assert_close(loss, right_loss.float(), equal_nan=True)
     torch.testing.assert_close(grad, right_grad.float(), equal_nan=True)
@@ -338,19 +365,27 @@ def test_smoothing_is_a_float64(smoothing: float, device: str) -> None:
     check(x, target, "mean", Case(smoothing=smoothing))
 
 
-def test_the_logits_may_give_their_place_to_the_gradient(device: str) -> None:
-    """Also rows in blocks, whose label's logit is needed after a part of them was overwritten; losses in float32."""
-    for classes in (10, 33000):
-        x, target, weight = batch(3, classes, dtype=torch.bfloat16, device=device, case=WEIGHTED)
-        right = kernels.cross_entropy_forward(x, target, weight, IGNORED, "none", 0.1, True)
+@pytest.mark.parametrize("classes", [10, 33000])
+def test_in_place(classes: int, device: str) -> None:
+    """The logits give their place to the gradient; losses in float32, the incoming gradient of any stride."""
+    x, target, weight = batch(3, classes, dtype=torch.bfloat16, device=device, case=WEIGHTED)
+    target[0] = IGNORED
+    right = forward(x, target, weight, IGNORED, "none", 0.1, True)
+    for dloss in (None, torch.tensor([float("inf"), 9.0, 3.0, 9.0, -0.5], device=device)[::2]):
         losses, logits = torch.empty(3, device=device), x.clone()
-        results = kernels.cross_entropy_forward(
-            logits, target, weight, IGNORED, "none", 0.1, True, out=(losses, logits)
-        )
-        assert results[0] is losses
-        assert results[1] is logits
-        assert torch.equal(bits(logits), bits(right[1]))
+        kernels.cross_entropy_in_place(logits, target, weight, IGNORED, 0.1, losses, dloss)
         torch.testing.assert_close(losses.bfloat16(), right[0])
+        if dloss is None:
+            assert torch.equal(bits(logits), bits(right[1]))
+        else:
+            torch.testing.assert_close(logits, (right[1] * dloss[:, None]).bfloat16().nan_to_num(nan=0.0))
+
+
+def test_log_p_of_long_rows_is_refused(device: str) -> None:
+    """It would come with the loss; the gradient of probabilities is computed by backward."""
+    x, q, _ = batch(2, 33000, dtype=torch.float32, device=device, case=PROBABILITIES)
+    with pytest.raises(ValueError, match="rows of 33000 classes are longer than a program holds"):
+        kernels.cross_entropy_forward(x, q, None, IGNORED, "mean", 0.0, True, True)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -411,9 +446,7 @@ def test_scale_gradient_to_another_dtype(device: str) -> None:
 def test_same_bits_twice(classes: int, device: str) -> None:
     for case in (SMOOTHED, WEIGHTED):
         x, target, weight = batch(600, classes, dtype=torch.float32, device=device, case=case)
-        first, second = (
-            kernels.cross_entropy_forward(x, target, weight, IGNORED, "mean", case.smoothing, True) for _ in range(2)
-        )
+        first, second = (forward(x, target, weight, IGNORED, "mean", case.smoothing, True) for _ in range(2))
         assert all(torch.equal(bits(a), bits(b)) for a, b in zip(first, second, strict=True))
 
 
@@ -427,7 +460,7 @@ def test_offsets_past_32_bits(case: Case, small: bool, request: pytest.FixtureRe
     apart = 2**30 + 64
     x, target, weight = batch(3, 20, dtype=torch.float16, device="cpu", case=case)
     target = target if case.probabilities else target.abs() % 20
-    right = kernels.cross_entropy_forward(x, target, weight, IGNORED, "none", 0.0, True)
+    right = forward(x, target, weight, IGNORED, "none", 0.0, True)
 
     def far(tensor: Tensor, *strides: int) -> Tensor:
         return torch.empty(2 * apart + 64, dtype=tensor.dtype).as_strided(tensor.shape, strides).copy_(tensor)
@@ -438,12 +471,12 @@ def test_offsets_past_32_bits(case: Case, small: bool, request: pytest.FixtureRe
     else:
         targets = [(x, far(target.to(torch.int8), apart))]
     for logits, labels in [(far(x, apart, 1), target), (far(x, 1, step), target), *targets]:
-        results = kernels.cross_entropy_forward(logits, labels, weight, IGNORED, "none", 0.0, True)
+        results = forward(logits, labels, weight, IGNORED, "none", 0.0, True)
         for result, value in zip(results[:2], right[:2], strict=True):
             assert torch.equal(bits(result), bits(value))
     if not case.probabilities:
         blocks, labels = torch.stack((x, x), 2), target[:, None].expand(3, 2)
-        right = kernels.cross_entropy_forward(blocks, labels, weight, IGNORED, "none", 0.0, True)
-        results = kernels.cross_entropy_forward(far(blocks, 20, 1, apart), labels, weight, IGNORED, "none", 0.0, True)
+        right = forward(blocks, labels, weight, IGNORED, "none", 0.0, True)
+        results = forward(far(blocks, 20, 1, apart), labels, weight, IGNORED, "none", 0.0, True)
         for result, value in zip(results[:2], right[:2], strict=True):
             assert torch.equal(bits(result), bits(value))

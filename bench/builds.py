@@ -132,16 +132,26 @@ def cross_entropy_calls(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
         labels = torch.empty(64 * block_m, *shape[1:], dtype=torch.int64, device="meta")
         weight = torch.empty(shape[0], dtype=dtype, device="meta")
         dloss = torch.empty((), dtype=dtype, device="meta")
+        rows = torch.empty(labels.shape, dtype=dtype, device="meta")
         for reduction, probabilities, weighted, smoothing, needs_grad in VARIANTS:
             arguments = (weight if weighted else None, -100, reduction, smoothing, needs_grad)
             target = x if probabilities else labels
             label = f"{name} {'probabilities' if probabilities else 'labels'}{' weighted' if weighted else ''}"
-            call = partial(cross_entropy.cross_entropy_forward, x, target, *arguments, probabilities and weighted)
-            yield label, call
-        one = (x[: max(1, block_m // max(1, math.prod(shape[1:])))], labels[:1], None, -100, "mean", 0.0, True)
-        yield name, partial(cross_entropy.cross_entropy_forward, *one)
+            if not (needs_grad and cross_entropy.is_long(x, target, arguments[0], smoothing)):
+                both = probabilities and weighted
+                yield label, partial(cross_entropy.cross_entropy_forward, x, target, *arguments, both)
+                continue
+            yield label, partial(cross_entropy.long_cross_entropy_forward, x, target, *arguments[:-1])
+            statistics = torch.empty(3, labels.numel(), dtype=cross_entropy.sum_dtype(dtype), device="meta")
+            of_rows = (arguments[0], statistics, statistics[0, 0], -100, smoothing)
+            for incoming, dq in ((dloss, None), (rows, x if probabilities else None)):
+                yield label, partial(cross_entropy.long_cross_entropy_gradient, incoming, x, target, *of_rows, x, dq)
+        one = (x[: max(1, block_m // max(1, math.prod(shape[1:])))], labels[:1], None, -100, "mean", 0.0)
+        if cross_entropy.is_long(x, labels, None, 0.0):
+            yield name, partial(cross_entropy.long_cross_entropy_forward, *one)
+            continue
+        yield name, partial(cross_entropy.cross_entropy_forward, *one, True)
         yield name, partial(cross_entropy.scale_gradient, dloss, x, labels, None, -100, x)
-        rows = torch.empty(labels.shape, dtype=dtype, device="meta")
         yield name, partial(cross_entropy.scale_gradient, rows, x, labels, None, -100, torch.empty_like(x))
 
 
@@ -209,6 +219,7 @@ def all_builds(architecture: str) -> Iterator[Build]:
 def builds(arch: str) -> list[Build]:
     """Every build for `arch`, each once. What the tables tell apart are the longest rows on chip, and training."""
     cross_entropy.plan_forward.cache_clear()
+    cross_entropy.most_classes.cache_clear()
     architecture = arch if arch.startswith("sm_") else "other"
     with patch.object(cross_entropy, "ON_CHIP", 16384 if arch.startswith("gfx") else 32768):
         return unique(all_builds(architecture))

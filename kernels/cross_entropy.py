@@ -15,9 +15,9 @@ import triton
 
 from .cross_entropy_kernels import (
     count_labels_kernel,
-    cross_entropy_gradient_kernel,
     cross_entropy_kernel,
-    cross_entropy_long_kernel,
+    long_cross_entropy_gradient_kernel,
+    long_cross_entropy_kernel,
     scale_gradient_kernel,
     sum_losses_kernel,
 )
@@ -107,32 +107,38 @@ def _tiles(dtype: torch.dtype, apart: bool, masses: bool) -> list[tuple[tuple[in
     return [(tile, warps) for tile, warps in tiles if tile[0] >= least and tile[1] <= ON_CHIP]
 
 
-def choose(classes: int, dtype: torch.dtype, apart: bool, masses: bool) -> tuple[LaunchConfig, bool]:
-    """The configuration for rows of `classes` logits, and whether a program holds its rows whole on chip."""
-    for (block_m, block_c), num_warps in _tiles(dtype, apart, masses):
-        if classes <= block_c:
-            return LaunchConfig(block_m, block_c, num_warps=num_warps), True
-    kind = "double" if dtype == torch.float64 else "float"
-    return APART_CONFIGS[kind] if apart else LONG_CONFIGS[kind], False
+def choose(classes: int, dtype: torch.dtype, apart: bool, masses: bool) -> LaunchConfig:
+    """The configuration for rows of `classes` logits, at most :func:`most_classes`."""
+    fitting = ((tile, warps) for tile, warps in _tiles(dtype, apart, masses) if classes <= tile[1])
+    (block_m, block_c), num_warps = next(fitting)
+    return LaunchConfig(block_m, block_c, num_warps=num_warps)
+
+
+def long_config(dtype: torch.dtype, apart: bool) -> LaunchConfig:
+    """The configuration for longer rows."""
+    return (APART_CONFIGS if apart else LONG_CONFIGS)["double" if dtype == torch.float64 else "float"]
 
 
 @lru_cache(maxsize=4096)
 def plan_forward(
     m: int, c: int, apart: bool, dtype: torch.dtype, reduction: str, probabilities: bool, weighted: bool,
-    smoothed: bool, needs_grad: bool, needs_log_p: bool, align: int = 1,
+    smoothed: bool, needs_grad: bool, needs_log_p: bool, long: bool, align: int = 1,
 ) -> Plans:  # fmt: skip
-    """How many programs, of which kernel; a program that has the whole batch counts and adds for itself."""
+    """How many programs, of which kernel; a program that has the whole batch counts and adds for itself.
+
+    Of long rows a gradient is what it needs: statistics.
+    """
     masses = probabilities or (weighted and smoothed)
-    config, on_chip = choose(c, dtype, apart, masses)
+    config = long_config(dtype, apart) if long else choose(c, dtype, apart, masses)
     programs = cdiv(m, config.block_m)
     alone = programs == 1
-    scaled = on_chip and needs_grad and reduction == "mean" and not is_deferred(dtype, reduction)
+    scaled = needs_grad and reduction == "mean" and not (long or is_deferred(dtype, reduction))
     counted = scaled and not (probabilities or alone)
     flags = {
         "REDUCTION": reduction, "PROBABILITIES": probabilities, "WEIGHTED": weighted, "SMOOTHED": smoothed,
         "MASSES": masses, "NEEDS_GRAD": needs_grad, "ONE_PROGRAM": alone,
     }  # fmt: skip
-    if on_chip:
+    if not long:
         flags |= {"NEEDS_LOG_P": needs_log_p, "SCALED": scaled, "COUNTED": counted, "MOST_COUNTS": MOST_COUNTS}
     rows = plan(programs, config, **flags, ALIGN=align, BLOCK_M=config.block_m, BLOCK_C=config.block_n)
     count = total = None
@@ -141,7 +147,7 @@ def plan_forward(
         count = plan(counters, COUNT_CONFIG, WEIGHTED=weighted, BLOCK_M=block)
     if reduction != "none" and not alone:
         total = plan(1, SUM_CONFIG, REDUCTION=reduction, BLOCK_M=SUM_CONFIG.block_m)
-    return Plans(count, rows, total, cross_entropy_kernel if on_chip else cross_entropy_long_kernel)
+    return Plans(count, rows, total, long_cross_entropy_kernel if long else cross_entropy_kernel)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -192,31 +198,67 @@ def cross_entropy_forward(
     weight of the rows is 0-d and computed for the mean. What is not needed has no elements. `out` may give the losses
     of the reduction "none" in any dtype and the gradient, also x itself, their place.
 
-    Of rows with more than :func:`most_classes` the second is not their gradient but statistics [3, M], in the dtype of
-    sums, for :func:`cross_entropy_gradient`; `out` then gives the losses their place alone, and log p is not to be had.
+    Raises ValueError where a gradient or log p is needed of rows that no program holds: see :func:`is_long`.
     """
+    long = is_long(x, target, weight, label_smoothing)
+    if long and (needs_grad or needs_log_p):
+        raise ValueError(f"rows of {x.shape[1]} classes are longer than a program holds: their gradient is another's")
+    loss, grad = out or (_new_losses(x, reduction), x.new_empty(x.shape if needs_grad else 0))
+    log_p = x.new_empty(x.shape if needs_log_p else 0) if target.is_floating_point() else grad
+    written = grad if needs_grad else log_p
+    total = _launch_forward(
+        x, target, weight, ignore_index, reduction, label_smoothing, loss, (grad,) if long else (grad, log_p),
+        needs_grad, needs_log_p, strides_of(written) if written.dim() > 1 else (0, 0, 0),
+    )  # fmt: skip
+    return loss, grad, log_p, total
+
+
+def long_cross_entropy_forward(
+    x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, ignore_index: int, reduction: str,
+    label_smoothing: float, losses: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Loss, statistics and weight of rows of any length, for :func:`long_cross_entropy_gradient`.
+
+    Arguments and results as above; the statistics are [3, M] in the dtype of sums: maximum, sum of exponentials, mass.
+    `losses` may give the losses of the reduction "none", in any dtype, their place.
+    """
+    loss = _new_losses(x, reduction) if losses is None else losses
+    statistics = x.new_empty((3, rows_of(x)[0]), dtype=sum_dtype(x.dtype))
+    total = _launch_forward(
+        x, target, weight, ignore_index, reduction, label_smoothing, loss, (statistics,), True, False, (0, 0, 0)
+    )
+    return loss, statistics, total
+
+
+def is_long(x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, label_smoothing: float) -> bool:
+    """Whether no program holds a row of x, so that backward reads the logits again."""
+    masses = target.is_floating_point() or (weight is not None and label_smoothing > 0)
+    return x.shape[1] > most_classes(x.dtype, rows_of(x)[3], masses)
+
+
+def _new_losses(x: torch.Tensor, reduction: str) -> torch.Tensor:
+    return x.new_empty((x.shape[0], *x.shape[2:]) if reduction == "none" else ())
+
+
+def _launch_forward(
+    x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, ignore_index: int, reduction: str,
+    label_smoothing: float, loss: torch.Tensor, outputs: tuple[torch.Tensor, ...], needs_grad: bool, needs_log_p: bool,
+    g_strides: tuple[int, int, int],
+) -> torch.Tensor:  # fmt: skip
+    """Compute the loss and the outputs, which are gradient and log p or the statistics; returns the rows' weight."""
     m, c, d, apart = rows_of(x)
-    probabilities, mean, sums = target.is_floating_point(), reduction == "mean", sum_dtype(x.dtype)
-    on_chip = c <= most_classes(x.dtype, apart, probabilities or (weight is not None and label_smoothing > 0))
-    if needs_log_p and not on_chip:
-        raise ValueError(f"rows of {c} classes are longer than a program holds: log p is not computed with their loss")
-    shape = () if reduction != "none" else (x.shape[0], d) if x.dim() == 3 else (m,)
-    loss, grad = out or (x.new_empty(shape), x.new_empty(x.shape if needs_grad and on_chip else 0))
-    if not on_chip:
-        grad = x.new_empty((3, m) if needs_grad else 0, dtype=sums)
-    log_p = x.new_empty(x.shape if needs_log_p else 0) if probabilities else grad
+    long, sums, mean = len(outputs) == 1, sum_dtype(x.dtype), reduction == "mean"
+    probabilities = target.is_floating_point()
     total = x.new_empty(() if mean else 0, dtype=sums)
     if m == 0:
-        return loss.fill_(float("nan") if mean else 0.0), grad, log_p, total.fill_(0.0)
-
-    written = grad if needs_grad else log_p
-    x_strides, g_strides = strides_of(x), strides_of(written) if on_chip and written.dim() > 1 else (0, 0, 0)
+        loss.fill_(float("nan") if mean else 0.0)
+        return total.fill_(0.0)
+    x_strides, t_strides = strides_of(x), strides_of(target, probabilities)
     plans = plan_forward(
         m, c, apart, x.dtype, reduction, probabilities, weight is not None, label_smoothing > 0, needs_grad,
-        needs_log_p, alignment(c, x_strides, g_strides),
+        needs_log_p, long, alignment(c, x_strides, g_strides),
     )  # fmt: skip
-    t_strides, programs = strides_of(target, probabilities), plans.rows.grid[0]
-    losses, totals, counts = loss, total, 0
+    losses, totals, counts, programs = loss, total, 0, plans.rows.grid[0]
     if plans.summing:
         losses, totals = x.new_empty(programs, dtype=sums), x.new_empty(programs, dtype=sums) if mean else total
         counts = programs
@@ -226,15 +268,15 @@ def cross_entropy_forward(
         totals = x.new_empty(counts, dtype=sums)
         row_arguments = (m, c, d, t_strides, cdiv(m, counts), ignore_index)
         launch(count_labels_kernel, plans.counting, target, weights, totals, *row_arguments)
-    ignored_and_smoothing = ignore_index, float_bits(label_smoothing)
-    if on_chip:
-        arguments = (grad, log_p, totals, m, c, d, x_strides, t_strides, g_strides, *ignored_and_smoothing, counts)
+    tensors, sizes = (x, target, weights, losses, *outputs, totals), (m, c, d, x_strides, t_strides)
+    numbers = ignore_index, float_bits(label_smoothing)
+    if long:
+        launch(plans.kernel, plans.rows, *tensors, *sizes, *numbers)
     else:
-        arguments = (grad, totals, m, c, d, x_strides, t_strides, *ignored_and_smoothing)
-    launch(plans.kernel, plans.rows, x, target, weights, losses, *arguments)
+        launch(plans.kernel, plans.rows, *tensors, *sizes, g_strides, *numbers, counts)
     if plans.summing:
         launch(sum_losses_kernel, plans.summing, losses, totals, loss, total, programs, counts)
-    return loss, grad, log_p, total
+    return total
 
 
 @lru_cache(maxsize=4096)
@@ -243,8 +285,7 @@ def plan_gradient(
     divided: bool, needs_dx: bool, needs_dq: bool, align: int,
 ) -> Launch:  # fmt: skip
     """A program a tile."""
-    kind = "double" if dtype == torch.float64 else "float"
-    config = APART_CONFIGS[kind] if apart else LONG_CONFIGS[kind]
+    config = long_config(dtype, apart)
     return plan(
         cdiv(m, config.block_m) * cdiv(c, config.block_n), config, PROBABILITIES=probabilities, WEIGHTED=weighted,
         SMOOTHED=smoothed, MASSES=probabilities or (weighted and smoothed), DIVIDED=divided, NEEDS_DX=needs_dx,
@@ -252,7 +293,7 @@ def plan_gradient(
     )  # fmt: skip
 
 
-def cross_entropy_gradient(
+def long_cross_entropy_gradient(
     dloss: torch.Tensor,
     x: torch.Tensor,
     target: torch.Tensor,
@@ -266,8 +307,8 @@ def cross_entropy_gradient(
 ) -> None:
     """Write dx and, for probabilities, dq, where they are given; both have the strides of one, dx may be x.
 
-    `statistics` are :func:`cross_entropy_forward`'s, and so is `total` [], which is given for the mean; dloss is 0-d or
-    has a number for each row, at any stride.
+    :func:`long_cross_entropy_forward` gave the `statistics` and, for the mean, `total` []. dloss is 0-d or has a number
+    for each row, at any stride.
     """
     m, c, d, apart = rows_of(x)
     outputs = [gradient for gradient in (dx, dq) if gradient is not None]
@@ -279,7 +320,7 @@ def cross_entropy_gradient(
         dx is not None, dq is not None, alignment(c, x_strides, g_strides),
     )  # fmt: skip
     launch(
-        cross_entropy_gradient_kernel, planned, x, target, x if weight is None else weight, statistics, dloss,
+        long_cross_entropy_gradient_kernel, planned, x, target, x if weight is None else weight, statistics, dloss,
         statistics if total is None else total, (outputs[0], outputs[-1]), m, c, d, x_strides,
         strides_of(target, probabilities), strides_of(dloss, classes=False), g_strides, ignore_index,
         float_bits(label_smoothing),
@@ -291,12 +332,15 @@ def cross_entropy_in_place(
     losses: torch.Tensor, dloss: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """Write the losses [M] of logits x [M, C], and over x their gradient, multiplied by dloss [M] if it is given."""
-    arguments = (x, labels, weight, ignore_index)
-    _, saved, _, _ = cross_entropy_forward(*arguments, "none", label_smoothing, True, out=(losses, x))
-    if saved is not x:
+    arguments = (x, labels, weight, ignore_index, "none", label_smoothing)
+    if is_long(x, labels, weight, label_smoothing):
+        _, statistics, _ = long_cross_entropy_forward(*arguments, losses)
         dloss = losses.new_ones(()) if dloss is None else dloss
-        cross_entropy_gradient(dloss, x, labels, weight, saved, None, ignore_index, label_smoothing, x, None)
-    elif dloss is not None:
+        of_rows = (weight, statistics, None, ignore_index, label_smoothing)
+        long_cross_entropy_gradient(dloss, x, labels, *of_rows, x, None)
+        return
+    cross_entropy_forward(*arguments, True, out=(losses, x))
+    if dloss is not None:
         scale_gradient(dloss, x, labels, None, ignore_index, x)
 
 

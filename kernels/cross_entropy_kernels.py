@@ -208,14 +208,14 @@ def cross_entropy_kernel(
 
 
 @triton.jit(do_not_specialize=["M", "ignore_index", "smoothing", "counts"])
-def cross_entropy_long_kernel(
+def long_cross_entropy_kernel(
     x_ptr, target_ptr, weight_ptr, loss_ptr, statistics_ptr, total_ptr, M, C, D, x_strides, t_strides,
     ignore_index, smoothing,
     REDUCTION: tl.constexpr, PROBABILITIES: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTHED: tl.constexpr,
     MASSES: tl.constexpr, NEEDS_GRAD: tl.constexpr, ONE_PROGRAM: tl.constexpr,
     ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Losses of BLOCK_M rows that are longer than BLOCK_C, and what cross_entropy_gradient_kernel needs of them.
+    """Losses of BLOCK_M rows that are longer than BLOCK_C, and what long_cross_entropy_gradient_kernel needs of them.
 
     That is the maximum m, the sum of exp(x - m) and the mass A of each row: statistics [3, M]. Sums are taken online:
     each lane of a block keeps a sum of its own under one running maximum a row; the lanes are added last, pairwise.
@@ -270,7 +270,7 @@ def cross_entropy_long_kernel(
 
 
 @triton.jit(do_not_specialize=["M", "ignore_index", "smoothing"])
-def cross_entropy_gradient_kernel(
+def long_cross_entropy_gradient_kernel(
     x_ptr, target_ptr, weight_ptr, statistics_ptr, dloss_ptr, total_ptr, grad_ptrs, M, C, D,
     x_strides, t_strides, dloss_strides, g_strides, ignore_index, smoothing,
     PROBABILITIES: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTHED: tl.constexpr, MASSES: tl.constexpr,
@@ -279,7 +279,7 @@ def cross_entropy_gradient_kernel(
 ):  # fmt: skip
     """dx = f (A p - a) and, for probabilities q, dq = -f w (1 - s) log p of a tile, with f = dloss, or dloss / total.
 
-    `grad_ptrs` are dx and dq. Reads the statistics of cross_entropy_long_kernel; dx may be x.
+    `grad_ptrs` are dx and dq. Reads the statistics of long_cross_entropy_kernel; dx may be x.
     """
     C, x_strides = aligned(C, x_strides, ALIGN)
     C, g_strides = aligned(C, g_strides, ALIGN)

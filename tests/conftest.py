@@ -98,3 +98,19 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     _clear_plans(*kernels)
     yield
     _clear_plans(*kernels)
+
+
+@pytest.fixture
+def long_rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Configurations in which rows of two classes are longer than a program of cross entropy holds."""
+    from fusednn.kernels import cross_entropy
+    from fusednn.kernels.launch import LaunchConfig
+
+    for key in cross_entropy.CONFIGS:
+        monkeypatch.setitem(cross_entropy.CONFIGS, key, {(4, 1): 4})
+    for key in cross_entropy.LONG_CONFIGS:
+        monkeypatch.setitem(cross_entropy.LONG_CONFIGS, key, LaunchConfig(2, 4))
+        monkeypatch.setitem(cross_entropy.APART_CONFIGS, key, LaunchConfig(4, 2))
+    _clear_plans(cross_entropy)
+    yield
+    _clear_plans(cross_entropy)

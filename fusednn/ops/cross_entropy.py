@@ -84,8 +84,8 @@ def _long_forward(
     if not target.is_floating_point():
         check_range(target, x.shape[1], ignore_index)
     arguments = (x, target, weight, ignore_index, reduction, label_smoothing)
-    loss, statistics, _, total = kernels("cross_entropy").cross_entropy_forward(*arguments, True)
-    return loss, statistics, total
+    results: tuple[Tensor, Tensor, Tensor] = kernels("cross_entropy").long_cross_entropy_forward(*arguments)
+    return results
 
 
 def _long_fake(
@@ -106,7 +106,7 @@ def _long_backward(
     ignore_index: int, reduction: str, label_smoothing: float, needs_dx: bool, needs_dq: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dx, dq = _new_gradients(x, needs_dx, needs_dq)
-    kernels("cross_entropy").cross_entropy_gradient(
+    kernels("cross_entropy").long_cross_entropy_gradient(
         dloss, x, target, weight, statistics, total if reduction == "mean" else None, ignore_index, label_smoothing,
         dx if needs_dx else None, dq if needs_dq else None,
     )  # fmt: skip
@@ -299,10 +299,10 @@ class LongCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if dloss is None:
             return (None,) * 6
-        needs = ctx.needs_input_grad[:2]
-        record = _record_long_gradient if needs_graph(dloss, *ctx.saved_tensors[:2]) else _long_gradient
-        gradients = record(dloss, *ctx.saved_tensors, *ctx.arguments, *needs)
-        dx, dq = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:2]
+        gradient = _record_long_gradient if needs_graph(dloss, *saved[:2]) else _long_gradient
+        gradients = gradient(dloss, *saved, *ctx.arguments, *needs)
+        dx, dq = (result if need else None for result, need in zip(gradients, needs, strict=True))
         return dx, dq, None, None, None, None
 
 

@@ -70,13 +70,14 @@ def long_seconds(
 
     f is dloss, or dloss / total, of each row and 0 where it is ignored, k is 1 - label smoothing.
     """
-    log_p, factor, soft = _wide(x).log_softmax(1), _wide(dloss), target.is_floating_point()
-    p, factor = log_p.exp(), factor.unsqueeze(1) if dloss.dim() else factor
-    mass = masses(target, weight, label_smoothing) if soft else label_masses(x, target, weight, label_smoothing)
-    ignored = None if soft else (target.long() == ignore_index).unsqueeze(1)
-    if not soft:  # a label out of range makes its row NaN
-        outside = ((target < 0) | (target >= x.shape[1])).unsqueeze(1)
-        factor = torch.where(ignored, 0, torch.where(outside, float("nan"), factor))
+    log_p, factor = _wide(x).log_softmax(1), _wide(dloss).unsqueeze(1) if dloss.dim() else _wide(dloss)
+    p, ignored = log_p.exp(), None
+    if target.is_floating_point():
+        mass = masses(target, weight, label_smoothing)
+    else:
+        labels = target.long().unsqueeze(1)
+        mass, ignored = label_masses(x, target, weight, label_smoothing), labels == ignore_index
+        factor = torch.where((labels < 0) | (labels >= x.shape[1]), float("nan"), factor).masked_fill(ignored, 0)
     if total is not None:
         factor = factor / total.masked_fill(total == 0, 1)  # 0 where no row counts
     of_dloss, dx, dq = torch.zeros_like(p), torch.zeros_like(p), None

@@ -1,5 +1,7 @@
 """fusednn.functional.cross_entropy against PyTorch's: gradients of every order, layouts, modes."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,6 +49,21 @@ EACH_KIND = pytest.mark.parametrize("kind", KINDS)
 EACH_REDUCTION = pytest.mark.parametrize("reduction", REDUCTIONS)
 
 
+@pytest.fixture
+def length(request: pytest.FixtureRequest) -> str:
+    """How a program has the rows: whole, or in pieces, so that backward computes the gradient."""
+    if request.param == "long":
+        request.getfixturevalue("long_rows")
+    name: str = request.param
+    return name
+
+
+def each_length(test: Any) -> Any:
+    """Run `test` with rows that a program holds, and with longer ones."""
+    return pytest.mark.usefixtures("length")(pytest.mark.parametrize("length", ["whole", "long"], indirect=True)(test))
+
+
+@each_length
 @EACH_KIND
 @EACH_REDUCTION
 @pytest.mark.parametrize("shape", [(1, 1), (3, 2), (5, 17), (3, 4, 2)], ids=str)
@@ -71,6 +88,7 @@ def test_gradcheck_fast_at_130(shape: tuple[int, ...], kind: str, device: str) -
     assert gradcheck(problem.ours, problem.leaves, fast_mode=True)
 
 
+@each_length
 @EACH_KIND
 @EACH_REDUCTION
 @pytest.mark.parametrize("shape", [(4, 3), (2, 3, 2)], ids=str)
@@ -79,6 +97,7 @@ def test_gradgradcheck(shape: tuple[int, ...], reduction: str, kind: str, device
     assert gradgradcheck(problem.ours, problem.leaves)
 
 
+@each_length
 @EACH_KIND
 @EACH_REDUCTION
 def test_against_pytorch_in_every_order(reduction: str, kind: str, device: str) -> None:
@@ -94,6 +113,7 @@ def test_against_pytorch_in_every_order(reduction: str, kind: str, device: str) 
     torch.testing.assert_close(*results)
 
 
+@each_length
 def test_hessian_vector_product_of_a_model(device: str) -> None:
     """Through SimpleNN and the loss, as a second-order optimiser takes it."""
     model, plain = SimpleNN(6, 8, 4, device=device).double(), reference.SimpleNN(6, 8, 4).to(device).double()
@@ -109,6 +129,7 @@ def test_hessian_vector_product_of_a_model(device: str) -> None:
     torch.testing.assert_close(*products)
 
 
+@each_length
 @EACH_KIND
 def test_unbatched(kind: str, device: str) -> None:
     for reduction in REDUCTIONS:
@@ -118,6 +139,7 @@ def test_unbatched(kind: str, device: str) -> None:
         torch.testing.assert_close(*(torch.autograd.grad(loss, problem.leaves) for loss in (ours, theirs)))
 
 
+@each_length
 @EACH_KIND
 @EACH_REDUCTION
 def test_incoming_gradients(reduction: str, kind: str, device: str) -> None:
@@ -134,6 +156,7 @@ def test_incoming_gradients(reduction: str, kind: str, device: str) -> None:
         torch.testing.assert_close(torch.autograd.grad(ours, problem.leaves, sent[1]), right)
 
 
+@each_length
 @EACH_KIND
 def test_batched_gradients(kind: str, device: str) -> None:
     problem = Problem((4, 5), kind, "none", device)
@@ -154,6 +177,7 @@ LAYOUTS = {
 }
 
 
+@each_length
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["weighted labels", "weighted smoothed probabilities"])
 @EACH_REDUCTION
@@ -193,6 +217,7 @@ def test_unaligned_and_strided_labels(device: str) -> None:
             torch.testing.assert_close(ours, F.cross_entropy(x, target, reduction="none"))
 
 
+@each_length
 @pytest.mark.parametrize(
     ("logits", "probabilities"),
     [(torch.float32, torch.float64), (torch.bfloat16, torch.float32), (torch.float64, torch.float16)],
@@ -219,6 +244,7 @@ def test_class_weights_with_a_gradient_are_pytorchs(device: str) -> None:
         functional.cross_entropy(x, q, weight)
 
 
+@each_length
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
 def test_float16_keeps_small_gradients(scale: float, device: str) -> None:
     """Of the mean over many rows, for one that scales the loss: 1 / rows, applied too soon, takes them out of range."""
@@ -234,6 +260,7 @@ def test_float16_keeps_small_gradients(scale: float, device: str) -> None:
     assert errors[0] <= 2 * errors[1]
 
 
+@each_length
 @EACH_REDUCTION
 def test_all_rows_ignored(reduction: str, device: str) -> None:
     """PyTorch's NaN for the mean, zero gradients; of the gradient too."""
@@ -247,6 +274,7 @@ def test_all_rows_ignored(reduction: str, device: str) -> None:
         assert torch.equal(torch.autograd.grad(grad.sum(), x)[0], torch.zeros_like(x))
 
 
+@each_length
 @EACH_REDUCTION
 @pytest.mark.parametrize("rows", [4, 600])  # one program, and several
 def test_labels_that_weigh_nothing(rows: int, reduction: str, device: str) -> None:
@@ -262,6 +290,7 @@ def test_labels_that_weigh_nothing(rows: int, reduction: str, device: str) -> No
         torch.testing.assert_close(grad, right, equal_nan=True)
 
 
+@each_length
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @EACH_REDUCTION
 def test_labels_out_of_range(reduction: str, compiled: bool, device: str) -> None:
@@ -300,6 +329,7 @@ def test_check_labels_nests_and_ends(device: str) -> None:
     assert not dispatch.checks_labels()
 
 
+@each_length
 @pytest.mark.parametrize("kind", ["weighted labels", "smoothed probabilities"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_gives_float32(dtype: torch.dtype, kind: str, device: str) -> None:
@@ -318,6 +348,7 @@ def test_autocast_gives_float32(dtype: torch.dtype, kind: str, device: str) -> N
     torch.testing.assert_close(torch.autograd.grad(loss, x), torch.autograd.grad(right, x))
 
 
+@each_length
 def test_the_logits_can_be_used_again(device: str) -> None:
     """Nothing is written to the caller's tensors, nor does the gradient buffer show up anywhere."""
     x, target = batch(9, 5, device)
@@ -328,6 +359,7 @@ def test_the_logits_can_be_used_again(device: str) -> None:
     torch.testing.assert_close(grad, torch.autograd.grad(right, x)[0])
 
 
+@each_length
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_first_and_second_derivative_in_one_backward(reduction: str, device: str) -> None:
     """The last backward, which may scale the saved gradient in place, also reads it for the second derivative."""
@@ -340,6 +372,7 @@ def test_first_and_second_derivative_in_one_backward(reduction: str, device: str
     torch.testing.assert_close(*results)
 
 
+@each_length
 def test_a_graph_of_the_gradient_keeps_it(device: str) -> None:
     x, target = batch(4, 3, device)
     c, results = torch.randn_like(x), []
@@ -352,6 +385,7 @@ def test_a_graph_of_the_gradient_keeps_it(device: str) -> None:
     torch.testing.assert_close(*results)
 
 
+@each_length
 def test_the_gradient_has_no_graph(device: str) -> None:
     x, target = batch(4, 3, device)
     (grad,) = torch.autograd.grad(2 * functional.cross_entropy(x, target), x)
@@ -359,6 +393,7 @@ def test_the_gradient_has_no_graph(device: str) -> None:
     assert grad.is_leaf
 
 
+@each_length
 def test_uint8_labels_and_a_graph(device: str) -> None:
     x = torch.randn(3, 200, dtype=torch.float64, device=device, requires_grad=True)
     target = torch.tensor([156, 3, 199], dtype=torch.uint8, device=device)
@@ -377,6 +412,7 @@ def test_a_lazily_negated_input(device: str) -> None:
     torch.testing.assert_close(functional.cross_entropy(x, target), F.cross_entropy(x, target))
 
 
+@each_length
 def test_a_hook_on_saved_tensors_sees_no_change(device: str) -> None:
     x, target = batch(9, 5, device)
     kept: list[Tensor] = []
@@ -411,6 +447,7 @@ def test_legacy_arguments(device: str) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+@each_length
 def test_third_derivatives_of_a_row_without_probability(device: str) -> None:
     """Whose masses sum to 0, but not their derivatives."""
     x = torch.randn(3, 4, dtype=torch.float64, device=device, requires_grad=True)

@@ -63,24 +63,20 @@ def exact(
     return loss.detach(), grad
 
 
-def is_long(x: Tensor, target: Tensor, weight: Tensor | None, smoothing: float) -> bool:
-    """Whether backward computes the gradient, of the logits once more."""
-    apart, masses = kernels.rows_of(x)[3], target.is_floating_point() or (weight is not None and smoothing > 0)
-    return x.shape[1] > kernels.most_classes(x.dtype, apart, masses)
-
-
 def forward(
     x: Tensor, target: Tensor, weight: Tensor | None, ignored: int, reduction: str, smoothing: float, needs_grad: bool,
     needs_log_p: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, gradient, log p and the weight of the rows; of long rows the gradient of probabilities for log p."""
     arguments = (x, target, weight, ignored, reduction, smoothing)
-    if not (needs_grad and is_long(x, target, weight, smoothing)):
+    if not (needs_grad and kernels.is_long(x, target, weight, smoothing)):
         return kernels.cross_entropy_forward(*arguments, needs_grad, needs_log_p)
-    loss, statistics, _, total = kernels.cross_entropy_forward(*arguments, True)
+    loss, statistics, total = kernels.long_cross_entropy_forward(*arguments)
     dx, dq = x.new_empty(x.shape), x.new_empty(x.shape) if target.is_floating_point() else None
     divisor = total if reduction == "mean" else None
-    kernels.cross_entropy_gradient(x.new_ones(()), x, target, weight, statistics, divisor, ignored, smoothing, dx, dq)
+    kernels.long_cross_entropy_gradient(
+        x.new_ones(()), x, target, weight, statistics, divisor, ignored, smoothing, dx, dq
+    )
     return loss, dx, dx if dq is None else dq, total
 
 
@@ -106,7 +102,7 @@ def check(
     assert (loss.dtype, grad.dtype, grad.shape) == (x.dtype, x.dtype, x.shape)
     right_loss, right_grad = exact(x, target, reduction, case, weight, ignored)
 
-    long = is_long(x, target, weight, case.smoothing)
+    long = kernels.is_long(x, target, weight, case.smoothing)
     u, unit, factor = sum_unit(x.dtype), UNIT[x.dtype], 8 if c <= 16 else 16
     a, x = masses(x, target, case, weight), x.double()
     valid = torch.ones_like(a[:, 0]) if case.probabilities else (target != ignored).double()
@@ -174,10 +170,13 @@ def test_many_programs_and_trips(
     shape: tuple[int, ...], case: Case, reduction: str, dtype: torch.dtype, device: str
 ) -> None:
     rows, classes, apart = shape[0] * math.prod(shape[2:]), shape[1], len(shape) == 3
-    plans = kernels.plan_forward(rows, classes, apart, dtype, reduction, *case[:2], case.smoothing > 0, True, False)
+    long = classes > (4 if apart else 8)
+    plans = kernels.plan_forward(
+        rows, classes, apart, dtype, reduction, *case[:2], case.smoothing > 0, True, False, long
+    )
     assert plans.rows.grid[0] >= 2
-    assert (plans.kernel is kernels.cross_entropy_kernel) == (classes <= (4 if apart else 8))
     x, target, weight = batch(*shape, dtype=dtype, device=device, case=case)
+    assert kernels.is_long(x, target, weight, case.smoothing) == long
     check(x, target, reduction, case, weight)
 
 
@@ -381,11 +380,12 @@ def test_in_place(classes: int, device: str) -> None:
             torch.testing.assert_close(logits, (right[1] * dloss[:, None]).bfloat16().nan_to_num(nan=0.0))
 
 
-def test_log_p_of_long_rows_is_refused(device: str) -> None:
-    """It would come with the loss; the gradient of probabilities is computed by backward."""
+@pytest.mark.parametrize("needs", [(True, False), (False, True)])
+def test_a_gradient_of_long_rows_is_refused(needs: tuple[bool, bool], device: str) -> None:
+    """With the loss; backward computes it."""
     x, q, _ = batch(2, 33000, dtype=torch.float32, device=device, case=PROBABILITIES)
     with pytest.raises(ValueError, match="rows of 33000 classes are longer than a program holds"):
-        kernels.cross_entropy_forward(x, q, None, IGNORED, "mean", 0.0, True, True)
+        kernels.cross_entropy_forward(x, q, None, IGNORED, "mean", 0.0, *needs)
 
 
 @pytest.mark.usefixtures("small_tiles")

@@ -59,7 +59,7 @@ def test_no_access_outside_the_arguments() -> None:
     assert {kernel for kernel in programs if programs[kernel] < 2} == ALONE
     assert {loop.split(":")[0] for loop in trips} == {
         "linear_forward_kernel", "linear_input_grad_kernel", "linear_weight_grad_kernel", "sum_splits_kernel",
-        "count_labels_kernel", "cross_entropy_long_kernel", "scale_gradient_kernel", "sum_losses_kernel",
+        "count_labels_kernel", "long_cross_entropy_kernel", "scale_gradient_kernel", "sum_losses_kernel",
         "mlp_training_kernel",
     }  # fmt: skip
     assert {loop for loop in trips if trips[loop] < 2} == set()
@@ -189,15 +189,22 @@ def call_cross_entropy() -> None:
         given = (x, target, weight, -100)
         if layout is gapped:
             cross_entropy.cross_entropy_forward(*given, "sum", smoothing, False)
-        _, grad, _, total = cross_entropy.cross_entropy_forward(*given, "mean", smoothing, True, probabilities)
         cross_entropy.weigh_labels(labels.flatten(), weight, shape[1], -100, torch.float32)
         known = None if probabilities else labels
         infinite, rows = torch.tensor(float("inf")), layout(torch.rand(labels.shape))
-        cross_entropy.scale_gradient(infinite, grad, known, total, -100, torch.empty_like(grad))
-        cross_entropy.scale_gradient(rows, grad, known, None, -100, grad)
-        cross_entropy.scale_gradient(infinite, grad, known, None, -100, grad)  # one factor: a program has several tiles
-        out = torch.empty(labels.shape), x
-        cross_entropy.cross_entropy_forward(*given, "none", smoothing, True, out=out)
+        if not cross_entropy.is_long(x, target, weight, smoothing):
+            _, grad, _, total = cross_entropy.cross_entropy_forward(*given, "mean", smoothing, True, probabilities)
+            cross_entropy.scale_gradient(infinite, grad, known, total, -100, torch.empty_like(grad))
+            cross_entropy.scale_gradient(rows, grad, known, None, -100, grad)
+            cross_entropy.scale_gradient(infinite, grad, known, None, -100, grad)  # a program has several tiles
+            out = torch.empty(labels.shape), x
+            cross_entropy.cross_entropy_forward(*given, "none", smoothing, True, out=out)
+            continue
+        _, statistics, total = cross_entropy.long_cross_entropy_forward(*given, "mean", smoothing)
+        outputs = torch.empty(shape), torch.empty(shape) if probabilities else None
+        for dloss, divisor in ((infinite, total), (rows, None)):
+            of_rows = (weight, statistics, divisor, -100, smoothing)
+            cross_entropy.long_cross_entropy_gradient(dloss, x, target, *of_rows, *outputs)
 
 
 def call_training() -> None:

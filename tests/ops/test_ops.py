@@ -33,7 +33,8 @@ def samples(device: str) -> dict[str, tuple[str, tuple[Any, ...]]]:
     target = torch.tensor([0, 1, 2, 3, -100], device=device)
     blocks, labels, weight = torch.randn(5, 4, 3, device=device), target[:, None].expand(5, 3), b.abs()
     two, total = torch.tensor(2.0, device=device), torch.tensor(4.0, device=device)
-    chunked = (x, w, b, target, weight, -100)
+    chunked, statistics = (x, w, b, target, weight, -100), torch.rand(3, 15, device=device) + 1
+    long = (two, dy, target, weight, statistics[:, :5].contiguous(), total, -100)
     return {
         "linear": ("linear", (x, w, b, True)),
         "linear_input_grad": ("linear_input_grad", (dy, y, w)),
@@ -46,6 +47,13 @@ def samples(device: str) -> dict[str, tuple[str, tuple[Any, ...]]]:
         "soft_cross_entropy": ("soft_cross_entropy", (dy, dy.softmax(1), weight, "mean", 0.1, True, True)),
         "soft_cross_entropy, blocks": ("soft_cross_entropy", (blocks, blocks, None, "none", 0.0, True, False)),
         "soft_cross_entropy, no gradient": ("soft_cross_entropy", (dy, dy, None, "sum", 0.0, False, False)),
+        "long_cross_entropy": ("long_cross_entropy", (dy, target, weight, -100, "mean", 0.1)),
+        "long_cross_entropy, blocks": ("long_cross_entropy", (blocks, blocks, None, -100, "none", 0.0)),
+        "long_cross_entropy_gradient": ("long_cross_entropy_gradient", (*long, "mean", 0.1, True, False)),
+        "long_cross_entropy_gradient, probabilities": (
+            "long_cross_entropy_gradient",
+            (labels.float(), blocks, blocks, weight, statistics, total, -100, "none", 0.0, True, True),
+        ),
         "scale_gradient": ("scale_gradient", (two, dy, target, None, -100)),
         "scale_gradient, blocks": ("scale_gradient", (labels.float(), blocks, labels, None, -100)),
         "scale_gradient, divided": ("scale_gradient", (two, dy, None, total, 0, torch.bfloat16)),
@@ -149,7 +157,7 @@ def composed(x: Tensor, w: Tensor, labels: Tensor, chunk_rows: int, reduction: s
     return F.cross_entropy(F.linear(x, w), labels, reduction=reduction)
 
 
-def losses() -> dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]]:
+def losses() -> dict[str, "Pair"]:
     """Ours and PyTorch's loss of w and x, by name."""
     both = functional.cross_entropy, F.cross_entropy
     weights = {"weight": torch.arange(1.0, 5.0), "ignore_index": 1}
@@ -163,9 +171,23 @@ def losses() -> dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]]:
         "cross_entropy, weighted": tuple(of_logits(**weights)(f) for f in both),
         "cross_entropy, probabilities": tuple(of_probabilities(f) for f in both),
         "cross_entropy, blocks": tuple(of_blocks(f) for f in both),
+        "cross_entropy, long": tuple(of_logits(label_smoothing=0.1, ignore_index=1)(f) for f in both),
+        "cross_entropy, long, probabilities": tuple(of_probabilities(f) for f in both),
+        "cross_entropy, long, blocks": tuple(of_blocks(f) for f in both),
         "linear_cross_entropy": tuple(chunked(f, chunk_rows=2, reduction="mean") for f in chunks),
         "linear_cross_entropy, rows": tuple(chunked(f, chunk_rows=2, reduction="none") for f in chunks),
     }
+
+
+Pair = tuple[Callable[..., Tensor], Callable[..., Tensor]]
+
+
+@pytest.fixture
+def pair(name: str, request: pytest.FixtureRequest) -> Pair:
+    """Ours and PyTorch's loss of this name; its rows are long where the name says so."""
+    if "long" in name:
+        request.getfixturevalue("long_rows")
+    return losses()[name]
 
 
 TRANSFORMS: dict[str, Callable[[Callable[..., Tensor]], Callable[..., Any]]] = {
@@ -181,8 +203,8 @@ TRANSFORMS: dict[str, Callable[[Callable[..., Tensor]], Callable[..., Any]]] = {
 @loops
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("name", losses())
-def test_torch_func(name: str, transform: str) -> None:
-    ours, theirs = losses()[name]
+def test_torch_func(pair: Pair, transform: str) -> None:
+    ours, theirs = pair
     w, x = torch.randn(4, 6), torch.randn(3, 5, 6)
     torch.testing.assert_close(TRANSFORMS[transform](ours)(w, x), TRANSFORMS[transform](theirs)(w, x))
 
@@ -190,20 +212,20 @@ def test_torch_func(name: str, transform: str) -> None:
 @loops
 @pytest.mark.parametrize("transform", ["grad", "vmap(grad)", "grad(vmap)"])
 @pytest.mark.parametrize("name", losses())
-def test_compile_over_torch_func(name: str, transform: str) -> None:
+def test_compile_over_torch_func(pair: Pair, transform: str) -> None:
     """Where torch.compile would trace into an autograd.Function it returns zero gradients, with only a warning."""
     torch._dynamo.reset()
-    ours, theirs = losses()[name]
+    ours, theirs = pair
     w, x = torch.randn(4, 6), torch.randn(3, 5, 6)
     compiled = torch.compile(TRANSFORMS[transform](ours), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(w, x), TRANSFORMS[transform](theirs)(w, x))
 
 
 @pytest.mark.parametrize("name", losses())
-def test_compile_without_a_gradient(name: str) -> None:
+def test_compile_without_a_gradient(pair: Pair) -> None:
     """Inference, under no_grad and of tensors that require none: no Function is in the way, the operator is."""
     torch._dynamo.reset()
-    ours, theirs = losses()[name]
+    ours, theirs = pair
     w, x = torch.randn(4, 6), torch.randn(5, 6)
     torch.testing.assert_close(torch.compile(ours, fullgraph=True, backend="aot_eager")(w, x), theirs(w, x))
     with torch.no_grad():
@@ -420,10 +442,13 @@ def test_per_sample_gradients() -> None:
     torch.testing.assert_close(for_ours, for_plain)
 
 
-@pytest.mark.parametrize("name", ["linear_relu", "cross_entropy", "linear_cross_entropy", "linear_cross_entropy, rows"])
-def test_forward_mode_refuses(name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["linear_relu", "cross_entropy", "cross_entropy, long", "linear_cross_entropy", "linear_cross_entropy, rows"],
+)
+def test_forward_mode_refuses(pair: Pair) -> None:
     """There is no rule for it yet; dropping the tangent would be silent. (With class weights PyTorch serves.)"""
-    ours, _ = losses()[name]
+    ours, _ = pair
     w, x = torch.randn(4, 6), torch.randn(5, 6)
     with pytest.raises(NotImplementedError, match="jvp"):
         jvp(lambda w: ours(w, x), (w,), (w,))
@@ -434,10 +459,10 @@ def test_forward_mode_refuses(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(losses())[1:])
-def test_compile_each_loss(name: str) -> None:
+def test_compile_each_loss(pair: Pair) -> None:
     """Static shapes, then others; values and gradients."""
     torch._dynamo.reset()
-    ours, theirs = losses()[name]
+    ours, theirs = pair
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     for rows in (5, 7, 9, 1):
         w, x = torch.randn(4, 6, requires_grad=True), torch.randn(rows, 6, requires_grad=True)
@@ -448,8 +473,8 @@ def test_compile_each_loss(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(losses())[1:])
-def test_export_each_loss(name: str) -> None:
-    ours, theirs = losses()[name]
+def test_export_each_loss(pair: Pair) -> None:
+    ours, theirs = pair
 
     class Loss(nn.Module):
         def forward(self, w: Tensor, x: Tensor) -> Tensor:
@@ -466,8 +491,8 @@ def test_export_each_loss(name: str) -> None:
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("name", list(losses())[1:])
-def test_activation_checkpointing_of_each_loss(name: str, use_reentrant: bool) -> None:
-    ours, theirs = losses()[name]
+def test_activation_checkpointing_of_each_loss(pair: Pair, use_reentrant: bool) -> None:
+    ours, theirs = pair
     w, x = torch.randn(4, 6, requires_grad=True), torch.randn(5, 6, requires_grad=True)
     value, right = checkpoint(ours, w, x, use_reentrant=use_reentrant), theirs(w, x)
     right_grads = torch.autograd.grad(right, (w, x))

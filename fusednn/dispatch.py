@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._pytree import tree_leaves
+
+from . import internals
+from .internals import tree_leaves
 
 # Read once, as Triton reads it when a kernel is decorated: the two must not disagree later.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
@@ -87,7 +89,7 @@ def serves(operation: str, x: torch.Tensor) -> bool:
     on_device = INTERPRETED if x.is_cpu else x.is_cuda or x.is_xpu
     if not (on_device and HAS_TRITON and x.dtype in DTYPES and x.layout is torch.strided):
         return False
-    return not (x.is_nested or _is_distributed(x) or torch._C._get_tracing_state())
+    return not (x.is_nested or _is_distributed(x) or internals.is_traced())
 
 
 def _is_distributed(x: torch.Tensor) -> bool:
@@ -110,7 +112,7 @@ def reason_against(x: torch.Tensor) -> str | None:
         return f"no kernel for the layout {x.layout}"
     if x.is_nested:
         return "a nested tensor"
-    if torch._C._get_tracing_state():
+    if internals.is_traced():
         return "torch.jit.trace, which follows no kernel"
     if _is_distributed(x):
         return "a DTensor, whose parts lie on several devices"

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import _reduction as legacy
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import dispatch, ops, reference
+from . import dispatch, internals, ops, reference
 
 LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 """The dtypes of labels."""
@@ -155,7 +154,7 @@ def cross_entropy(
             ignore_index=ignore_index, reduce=reduce, reduction=reduction, label_smoothing=label_smoothing,
         )  # fmt: skip
     if size_average is not None or reduce is not None:
-        reduction = legacy.legacy_get_string(size_average, reduce)
+        reduction = internals.legacy_reduction(size_average, reduce)
     if type(input) is Tensor and input.is_cpu and _are_plain(target, weight):
         if target.dtype is not torch.int64 and target.dtype in LABELS and (reason := dispatch.without_memory(target)):
             raise RuntimeError(f"target: {reason}")  # it is cast before PyTorch sees it
@@ -240,7 +239,7 @@ def _weight_takes(weight: Tensor, input: Tensor, target: Tensor) -> bool:
     if not isinstance(weight, Tensor) or weight.device != input.device or weight.layout is not torch.strided:
         return False
     # a torch.func transform may want a gradient of it that requires_grad does not tell of
-    if (weight.requires_grad and torch.is_grad_enabled()) or torch._C._are_functorch_transforms_active():
+    if (weight.requires_grad and torch.is_grad_enabled()) or internals.transforming():
         return False
     if weight.dim() != 1 or weight.shape[0] != input.shape[min(1, input.dim() - 1)]:
         return False

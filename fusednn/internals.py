@@ -6,10 +6,12 @@ which is gone. All of them are in torch 2.11 to 2.14 and in Triton 3.6 to 3.9.
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.autograd import forward_ad
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 NAMES: dict[str, dict[str, str]] = {
     # where it is: its name: what for
@@ -25,6 +27,9 @@ NAMES: dict[str, dict[str, str]] = {
     },
     "torch._C._functorch": {
         "is_legacy_batchedtensor": "a gradient of torch.autograd.grad(..., is_grads_batched=True)",
+    },
+    "torch._dynamo.eval_frame": {
+        "OptimizedModule": "what torch.compile makes of a module: it is known by the name of its class's module",
     },
     "torch.autograd.forward_ad": {
         "_current_level": "whether forward-mode AD is on",
@@ -51,6 +56,9 @@ NAMES: dict[str, dict[str, str]] = {
     },
     "torch.utils._python_dispatch": {
         "_get_current_dispatch_mode_stack": "the FLOP counters that are on, which are told of our operators",
+    },
+    "torch.utils._device": {
+        "DeviceContext": "the mode of a default device, known by the name of its class's module",
     },
     "torch.utils._pytree": {
         "tree_leaves": "the tensors within what a function is given and returns",
@@ -156,7 +164,7 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def constant_under_compile(function: Callable[..., Any]) -> Callable[..., Any]:
+def constant_under_compile(function: Function) -> Function:
     """Mark `function`, so that torch.compile runs it while it traces, and takes the result for a constant."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

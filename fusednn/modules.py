@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
-from . import dispatch, functional, reference
+from . import dispatch, functional, internals, reference
 
 
 def as_plain(module: nn.Module, kind: Any, ours: Any = None) -> nn.Module:
@@ -180,7 +179,7 @@ def unobserved(fc: nn.Module, relu: nn.Module) -> bool:
         return False
     if ours["_forward_hooks"] and _tell(ours["_forward_hooks"].values()):
         return False
-    if theirs["_forward_hooks"] or theirs["_forward_pre_hooks"] or _has_any_global_hook():
+    if theirs["_forward_hooks"] or theirs["_forward_pre_hooks"] or internals.has_global_hook():
         return False
     if ours["_backward_hooks"] or theirs["_backward_hooks"]:
         return False

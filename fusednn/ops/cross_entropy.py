@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dispatch
+from .. import dispatch, internals
 from . import derivatives
 from .registry import define, eager, kernels, needs_graph, recorded
 
@@ -184,12 +184,10 @@ def _is_long(x: Tensor, masses: bool) -> bool:
     return x.shape[1] > _most_classes(x.dtype, apart, masses)
 
 
+@internals.constant_under_compile
 def _most_classes(dtype: torch.dtype, apart: bool, masses: bool) -> int:
     most: int = kernels("cross_entropy").most_classes(dtype, apart, masses)
     return most
-
-
-_most_classes._dynamo_marked_constant = True  # type: ignore[attr-defined]  # run, not traced, by torch.compile
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -340,7 +338,7 @@ _record_long_gradient: Callable[..., tuple[Tensor, ...]] = recorded(LongCrossEnt
 
 def nobody_looks() -> bool:
     """Whether what a Function saves stays its own: a hook on saved tensors may keep what it is given."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    return not internals.has_saved_tensor_hooks()
 
 
 def scale(
@@ -351,7 +349,7 @@ def scale(
     if not eager(dloss, grad):
         return _scale_gradient(dloss, grad, labels, total, ignore_index, dtype)
     grad = grad.detach()  # a saved output comes with its graph, which the result must not have
-    last = private and not torch._C._autograd._get_current_graph_task_keep_graph()
+    last = private and not internals.keeps_graph()
     return _scaled(dloss, grad, labels, total, ignore_index, dtype, in_place=last)
 
 

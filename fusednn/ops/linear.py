@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ..dispatch import overrule
-from .registry import define, is_batched, kernels, needs_graph, recorded
+from ..internals import is_batched
+from .registry import define, kernels, needs_graph, recorded
 
 
 def _weight_grad_fake(dy: Tensor, y: Tensor | None, x: Tensor, needs_dw: bool, needs_db: bool) -> tuple[Tensor, Tensor]:

@@ -12,17 +12,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from .. import internals
 
 _library = torch.library.Library("fusednn", "DEF")
 _flops: dict[Any, Callable[..., int]] = {}
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-is_batched = torch._C._functorch.is_legacy_batchedtensor
-
-transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
-"""Whether a torch.func transform (grad, vmap, ...) is active."""
 
 
 @cache
@@ -57,18 +52,16 @@ def define(
     return call
 
 
+@internals.constant_under_compile
 def _count_flops() -> None:
     """Tell PyTorch's counter of our operators. Whoever counts imports it: it imports Triton, which we put off."""
     flop_counter = sys.modules.get("torch.utils.flop_counter")
     if flop_counter is None:
         return
     flop_counter.flop_registry.update(_flops)
-    for mode in _get_current_dispatch_mode_stack():
+    for mode in internals.dispatch_mode_stack():
         if hasattr(mode, "counter") and isinstance(mode.counter, flop_counter.FlopCounterMode):
             mode.counter.flop_registry = _flops | mode.counter.flop_registry  # its copy, made before
-
-
-_count_flops._dynamo_marked_constant = True  # type: ignore[attr-defined]  # run, not traced, by torch.compile
 
 
 def eager(*arguments: Any) -> bool:
@@ -76,11 +69,11 @@ def eager(*arguments: Any) -> bool:
 
     Nor is a tensor batched, by `torch.autograd.grad(..., is_grads_batched=True)`, or lazily negated (`z.conj().imag`).
     """
-    if torch.compiler.is_compiling() or _dispatch_modes() or transforming():
+    if torch.compiler.is_compiling() or internals.dispatch_modes() or internals.transforming():
         return False
     for argument in arguments:
         if type(argument) in _PLAIN:
-            if argument.is_neg() or is_batched(argument):
+            if argument.is_neg() or internals.is_batched(argument):
                 return False
         elif isinstance(argument, torch.Tensor):
             return False  # a subclass of Tensor may have ideas of its own
@@ -93,7 +86,7 @@ def needs_graph(*tensors: torch.Tensor | None) -> bool:
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True
-    return transforming() or forward_ad._current_level >= 0
+    return internals.transforming() or internals.in_forward_mode()
 
 
 def recorded(function: type[torch.autograd.Function]) -> Callable[..., Any]:
@@ -101,21 +94,21 @@ def recorded(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
     In eager mode the Python half of `Function.apply` is skipped: it binds the signature of forward, 13 us a call.
     """
-    # the C++ half, an attribute of torch._C._FunctionBase
+    # the C++ half
     eager_apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
+    @internals.constant_under_compile
     def mark() -> None:
-        torch._dynamo.allow_in_graph(function)
+        torch.compiler.allow_in_graph(function)
 
     # torch.compile runs a function so marked when it meets it, and does not trace it. It must take `function` as one
-    # call: traced into, it loses its gradient under torch.func.grad (all zero, with a warning). To import torch._dynamo
-    # beforehand, just to say so, would take a second.
-    mark._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    # call: traced into, it loses its gradient under torch.func.grad (all zero, with a warning). To say so beforehand
+    # would import the compiler, which takes a second.
 
     def apply(*arguments: Any) -> Any:
         if torch.compiler.is_compiling():
             mark()
             return function.apply(*arguments)
-        return function.apply(*arguments) if transforming() else eager_apply(*arguments)
+        return function.apply(*arguments) if internals.transforming() else eager_apply(*arguments)
 
     return apply

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .. import dispatch, reference
+from .. import dispatch, internals, reference
 
 
 class Job(NamedTuple):
@@ -97,7 +97,7 @@ def check_training(
 
 def check_data(inputs: Tensor, targets: Tensor) -> None:
     """Raise the error for inputs and targets that are no rows of examples, or have no memory."""
-    transformed = torch._C._are_functorch_transforms_active()  # whose tensors have none of their own
+    transformed = internals.transforming()  # whose tensors have none of their own
     for name, tensor in (("inputs", inputs), ("targets", targets)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} need a torch.Tensor, not {type(tensor).__name__}")

@@ -8,9 +8,8 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.overrides import _get_current_function_mode_stack
 
-from .. import dispatch, functional, modules
+from .. import dispatch, functional, internals, modules
 from ..reading import CALLS, GONE, HOOKS, Facts
 from . import optimizers
 from .chunks import products_of
@@ -236,18 +235,13 @@ def _against_optimizer(job: Job, parameters: list[Tensor]) -> str | None:
     )
 
 
-def dispatch_modes() -> int:
-    """How many modes of __torch_dispatch__ are on."""
-    return torch._C._len_torch_dispatch_stack()
-
-
 def _against_data(job: Job) -> str | None:
     """Why no training kernel takes the inputs and targets, or None."""
     inputs, targets = job.inputs, job.targets
     if on_plain_cpu(inputs):
         if not MACHINES:
             return "the native engine was not built"
-        if inputs.layout is not torch.strided or inputs.is_nested or torch._C._get_tracing_state():
+        if inputs.layout is not torch.strided or inputs.is_nested or internals.is_traced():
             return "the inputs are sparse, nested or traced"
     elif (reason := dispatch.reason_against(inputs)) is not None:
         return reason
@@ -255,13 +249,13 @@ def _against_data(job: Job) -> str | None:
         return "autocast is on"
     if torch.is_inference_mode_enabled():
         return "inference mode is on"
-    if torch._C._len_torch_function_stack() and not all(map(_is_harmless, _get_current_function_mode_stack())):
+    if internals.function_modes() and not all(map(_is_harmless, internals.function_mode_stack())):
         return "a mode of __torch_function__ is on"
-    if dispatch_modes():
+    if internals.dispatch_modes():
         return "a mode of __torch_dispatch__ is on"
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if internals.has_saved_tensor_hooks():
         return "hooks see the tensors that are saved for backward"
-    if torch._C._are_functorch_transforms_active():
+    if internals.transforming():
         return "a transform of torch.func is on"
     if torch.is_anomaly_enabled():
         return "anomaly detection is on"

@@ -1,28 +1,42 @@
-# Every target sets itself up from nothing: the virtual environment is made when constraints.txt or
-# setup.py is newer than it; that of rehearse, prepare and resources-3.6 when it is not there. `make gpu` alone uses the
-# Python it finds, because a GPU machine brings its own torch and triton and may have no network.
+# Every target sets itself up from nothing: the virtual environment is made when constraints.txt or setup.py is newer than
+# it, and so are those of the oldest and the newest torch that setup.py names. `make gpu` alone uses the Python it finds,
+# because a GPU machine brings its own torch and triton and may have no network.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-OLD := $(VENV)-3.6-$(notdir $(PYTHON))
+OLDEST := $(VENV)-oldest-$(notdir $(PYTHON))
+NEWEST := $(VENV)-newest-$(notdir $(PYTHON))
+PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help train test test-full lint bench resources resources-3.6 mutants sanitize gpu rehearse prepare clean
+.PHONY: help train test test-full test-oldest test-newest lint bench resources resources-3.6 mutants sanitize gpu rehearse prepare clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
+NEEDS := import sys; sys.version_info < (3, 11) and sys.exit("fusednn needs Python 3.11 or newer: make PYTHON=python3.11")
+
 $(READY): setup.py constraints.txt $(wildcard kernels/native/*)
+	@$(PYTHON) -c '$(NEEDS)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python $(PIP) -c constraints.txt -e '.[dev]'
 	touch $@
 
-# What GPU machines have: torch 2.11 and Triton 3.6, 5 GB. numpy is older, because Triton 3.6's interpreter needs it.
-$(OLD)/.ready:
-	$(PYTHON) -m venv $(OLD)
-	$(OLD)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.11.0 triton==3.6.0 'numpy<2.4' \
-		pytest==9.2.0 pytest-benchmark==5.3.1 pytest-xdist==3.8.0
+# $(1) is the environment, $(2) torch and numpy, $(3) Triton, which need not be the one that this torch asks for: 5 GB.
+define install
+	@$(PYTHON) -c '$(NEEDS)'
+	$(PYTHON) -m venv $(1)
+	grep -vE '^(torch|triton|numpy|setuptools)==' constraints.txt > $(1)/constraints.txt
+	$(1)/bin/python $(PIP) -c $(1)/constraints.txt $(2) -e '.[app,test]'
+	$(1)/bin/python $(PIP) --no-deps $(3)
 	touch $@
+endef
+
+$(OLDEST)/.ready: setup.py constraints.txt $(wildcard kernels/native/*)
+	$(call install,$(OLDEST),torch==2.11.0 'numpy<2.4',triton==3.6.0)  # its interpreter needs the older numpy
+
+$(NEWEST)/.ready: setup.py constraints.txt $(wildcard kernels/native/*)
+	$(call install,$(NEWEST),torch==2.14.1 numpy,triton==3.9.0)
 
 train: $(READY)  ## train SimpleNN on the handwritten digits
 	$(BIN)/fusednn train
@@ -32,6 +46,15 @@ test: $(READY)  ## the tests, about 14 minutes on two cores
 
 test-full: $(READY)  ## what takes longer: the rest of the tests, up to 40 minutes on two cores
 	$(BIN)/python -m pytest -n 2 -m slow
+
+# Half of the tests: what meets most of torch and of Triton's interpreter.
+HALF := tests/functional tests/ops tests/training $(wildcard tests/test_*.py)
+
+test-oldest: $(OLDEST)/.ready  ## half of the tests with torch 2.11, Triton 3.6 and numpy 2.3
+	$(OLDEST)/bin/python -m pytest -n 2 -m "not slow" $(HALF)
+
+test-newest: $(NEWEST)/.ready  ## half of the tests with torch 2.14 and Triton 3.9
+	$(NEWEST)/bin/python -m pytest -n 2 -m "not slow" $(HALF)
 
 lint: $(READY)  ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .
@@ -46,8 +69,8 @@ bench: $(READY)  ## the benchmarks that this machine can run, and the traffic ta
 resources: $(READY)  ## registers, spills and instructions of every kernel, compiled ahead of time
 	$(BIN)/python -m bench.resources --check
 
-resources-3.6: $(OLD)/.ready  ## the same for an H100 under Triton 3.6, which GPU machines have
-	$(OLD)/bin/python -m bench.resources --check --targets sm_90
+resources-3.6: $(OLDEST)/.ready  ## the same for an H100 under Triton 3.6, which GPU machines have
+	$(OLDEST)/bin/python -m bench.resources --check --targets sm_90
 
 mutants: $(READY)  ## break each kernel on purpose; fails if the tests let one breakage live
 	$(BIN)/python -m tests.mutants
@@ -69,12 +92,12 @@ sanitize: $(READY)  ## the native engine under AddressSanitizer and UndefinedBeh
 gpu:  ## on a GPU: the tests marked gpu, then the benchmarks, within 9 minutes
 	$(PYTHON) -m bench.gpu
 
-rehearse: $(OLD)/.ready  ## the same without a GPU, small, on a pretended H100; its times mean nothing
-	$(OLD)/bin/python -m bench.gpu --rehearse
+rehearse: $(OLDEST)/.ready  ## the same without a GPU, small, on a pretended H100; its times mean nothing
+	$(OLDEST)/bin/python -m bench.gpu --rehearse
 
-prepare: $(OLD)/.ready  ## compile for an H100 what `make gpu` launches, into build/compiled-kernels.tar.xz
+prepare: $(OLDEST)/.ready  ## compile for an H100 what `make gpu` launches, into build/compiled-kernels.tar.xz
 	rm -rf build/compiled-kernels
-	$(OLD)/bin/python -m bench.gpu --prepare build/compiled-kernels
+	$(OLDEST)/bin/python -m bench.gpu --prepare build/compiled-kernels
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) $(VENV)-3.6* *.egg-info build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .benchmarks
+	rm -rf $(VENV) $(VENV)-oldest* $(VENV)-newest* *.egg-info build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .benchmarks

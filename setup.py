@@ -1,9 +1,13 @@
 """Metadata of fusednn. Tool settings live in pyproject.toml, exact versions in constraints.txt."""
 
+import sys
 import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+
+if sys.version_info < (3, 11):  # noqa: UP036 - pip itself would say so after it has downloaded torch
+    sys.exit(f"fusednn needs Python 3.11 or newer; this is {sys.version.split()[0]}, {sys.executable}")
 
 ROOT = Path(__file__).parent
 
@@ -55,7 +59,7 @@ setup(
     package_data={"fusednn": ["py.typed"]},
     ext_modules=[native],
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if stable else {},
-    install_requires=["torch>=2.11", 'triton>=3.6; platform_system == "Linux"'],
+    install_requires=["torch>=2.11,<2.15", 'triton>=3.6,<3.10; platform_system == "Linux"'],
     extras_require=extras,
     entry_points={"console_scripts": ["fusednn = fusednn.app.cli:main"]},
     classifiers=[

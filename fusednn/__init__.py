@@ -1,8 +1,8 @@
-"""Drop-in PyTorch layers and loss for small networks, fused in Triton kernels.
+"""Drop-in PyTorch layers, losses and training loops for small networks, with kernels in Triton and C++.
 
-    from fusednn import SimpleNN, CrossEntropyLoss
+    from fusednn import SimpleNN, CrossEntropyLoss, train_steps
 
-Importing this asks no driver anything and needs neither a GPU nor Triton; the kernels are imported at their first use.
+The import asks no driver anything and needs neither a GPU nor Triton. The kernels are imported at their first use.
 """
 
 from . import functional

@@ -6,9 +6,10 @@ besides: :func:`check_labels`.
 import importlib
 import importlib.util
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -103,7 +104,7 @@ def reason_against(x: torch.Tensor) -> str | None:
     if not HAS_TRITON:
         return "Triton is not installed"
     if x.is_cpu and not INTERPRETED:
-        return "CPU tensor, and TRITON_INTERPRET=1 is not set"
+        return "a CPU tensor: the kernels are for GPUs"
     if not (x.is_cpu or x.is_cuda or x.is_xpu):  # ROCm's devices are called cuda
         return f"no Triton backend for device type {x.device.type}"
     if x.dtype not in DTYPES:
@@ -167,14 +168,17 @@ def overrule(operation: str, reason: str, implementation: str = "PyTorch") -> No
 def explain(fn: Callable[..., Any], /, *inputs: Any, **kwargs: Any) -> Decisions:
     """Run ``fn(*inputs, **kwargs)`` without gradients and tell which implementation served each operation, and why.
 
-    `fn` is a function or a module; the decisions come in the order of the calls, and print as a table. It does run:
-    `train_steps` and a step of `make_train_step` do train. To hear which engine would serve ask with no steps, which
-    trains nothing: ``explain(train_steps, model, optimizer, inputs, targets, steps=0)``.
+    `fn` is a function or a module. The decisions come in the order of the calls, and print as a table. `fn` really
+    runs, so `train_steps` and a step of `make_train_step` train. Give `train_steps` no steps to hear its engine without
+    training: ``explain(train_steps, model, optimizer, inputs, targets, steps=0)``. What torch.compile made runs as the
+    function that it was made of, which asks for the same kernels.
     """
     outer, _watch.decisions = _watch.decisions, []
     _watch.active = True
     try:
-        with torch.no_grad():
+        # nothing compiled exists before torch._dynamo is imported, which takes a second
+        stance = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+        with torch.no_grad(), stance:
             fn(*inputs, **kwargs)
         return Decisions(_watch.decisions)
     finally:
@@ -185,9 +189,10 @@ def explain(fn: Callable[..., Any], /, *inputs: Any, **kwargs: Any) -> Decisions
 def warmup(model: Callable[..., Any], *batch: Any) -> None:
     """Compile ahead what training and inference of `model` on `batch` launch, by running both once.
 
-    `model` is a module, or a function such as ``lambda x, t: criterion(model(x), t)``; batches of other sizes need more
-    only if they belong to another row of the configuration tables. Gradients, the buffers of a module and the states of
-    the random number generators are left as they were; hooks do run, and a function's BatchNorms do count.
+    `model` is a module, or a function such as ``lambda x, t: criterion(model(x), t)``. A batch of another size compiles
+    anew only if it belongs to another row of the configuration tables. Gradients, the buffers of a module and the
+    states of the random number generators stay as they were. Hooks run, and within a function BatchNorm counts the
+    batch.
     """
     module = model if isinstance(model, torch.nn.Module) else torch.nn.Module()
     kept = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
@@ -222,7 +227,7 @@ def _leaves(outputs: list[torch.Tensor]) -> list[torch.Tensor]:
 
 @contextmanager
 def strict() -> Iterator[None]:
-    """Within it, an operation that PyTorch serves raises FallbackError instead of returning a result."""
+    """Within it, an operation that PyTorch would serve raises FallbackError."""
     _watch.strict += 1
     _watch.active = True
     try:
@@ -234,10 +239,10 @@ def strict() -> Iterator[None]:
 
 @contextmanager
 def check_labels() -> Iterator[None]:
-    """Within it, a label out of range raises PyTorch's IndexError also on a GPU, at the call; a mode for debugging.
+    """A mode for debugging: within it a label out of range raises PyTorch's IndexError on a GPU too.
 
-    It waits for the GPU in every call. Without it such a label makes its row's loss and gradient NaN there. The labels
-    of a CPU tensor are checked in any case.
+    Each call then waits for the GPU. Without the mode such a label makes its row's loss and gradient NaN on a GPU.
+    Labels on a CPU are always checked.
     """
     _watch.labels += 1
     try:

@@ -38,10 +38,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """relu(x Wᵀ + b), as :func:`linear` in all else; the ReLU is part of the product's kernel.
+    """relu(x Wᵀ + b), as :func:`linear` in all else. The kernel of the product applies the ReLU.
 
-    Saves input, weight and the output for backward, no pre-activation: the gradient passes where not (output <= 0), so
-    it is zero at zero and passes a NaN, as in torch.relu.
+    Saves input, weight and output for backward, and no pre-activation. The gradient passes where not (output <= 0): it
+    is zero at zero and passes where the output is NaN, as in torch.relu.
     """
     if has_torch_function_variadic(input, weight, bias):
         return handle_torch_function(linear_relu, (input, weight, bias), input, weight, bias)
@@ -138,15 +138,20 @@ def cross_entropy(
 ) -> Tensor:
     """The cross entropy of logits and class indices or class probabilities: :func:`torch.nn.functional.cross_entropy`.
 
-    input [N, C], [N, C, d1, ...] or [C], float64, float32, float16 or bfloat16; target either labels, of input's shape
-    without C, int64, int32, int16, int8 or uint8, or probabilities, of input's shape and a floating dtype; weight [C]
-    -> a 0-d loss, or one of the labels' shape for the reduction "none", in the input's dtype (float32 under autocast).
-    The mean over no rows is NaN, with zero gradients, as in PyTorch. An ignored row has a zero gradient even where its
-    logits are NaN. Inputs [N, C, d1, ...] are not transposed, and copied only where d1, ... cannot be seen as one
-    dimension. The gradient is computed by the forward, if one is needed, and saved in the place of the logits.
+    input [N, C], [N, C, d1, ...] or [C]: float64, float32, float16 or bfloat16. target: labels of input's shape without
+    C, int64, int32, int16, int8 or uint8, or probabilities of input's shape and a floating dtype. weight: [C]. The loss
+    is 0-d, or has the labels' shape for the reduction "none"; it has the input's dtype, float32 under autocast.
 
-    Raises what PyTorch raises for wrong arguments; a label out of range raises IndexError on a CPU and makes its row's
-    loss and gradient NaN on a GPU (see :func:`fusednn.check_labels`).
+    The mean over no rows is NaN, with zero gradients, as in PyTorch. An ignored row has a zero gradient even where its
+    logits are NaN. Inputs [N, C, d1, ...] are not transposed. They are copied only where d1, ... do not form one
+    dimension.
+
+    Where a program holds a row (32,768 classes of float32; docs/limits.md has the others), the forward computes the
+    gradient and saves it in the place of the logits. Of longer rows it saves the logits and three numbers a row, and
+    backward reads the logits again.
+
+    Raises what PyTorch raises for wrong arguments. A label out of range raises IndexError on a CPU. On a GPU it makes
+    its row's loss and gradient NaN (see :func:`fusednn.check_labels`).
     """
     if has_torch_function_variadic(input, target, weight):
         return handle_torch_function(
@@ -261,18 +266,19 @@ def linear_cross_entropy(
 ) -> Tensor:
     """``cross_entropy(linear(input, linear_weight, linear_bias), target, ...)`` without the logits whole in memory.
 
-    The arguments are those of `torch.nn.functional.linear_cross_entropy` (torch 2.13), and `chunk_rows`: as many rows
-    of logits exist at once. By default a tenth of them, at most 256 MiB; of half precision as many as K, at most 512
-    MiB, where that is more. `options.batch_chunk_size` is heeded too, and of `options` nothing else.
+    The arguments are those of `torch.nn.functional.linear_cross_entropy` (torch 2.13), and `chunk_rows`, the number of
+    rows whose logits exist at once. By default it is a tenth of the rows, and at most 256 MiB of logits. In half
+    precision it may be as many rows as K, and 512 MiB, if that is more. `options.batch_chunk_size` sets it too; other
+    `options` are ignored.
 
-    input [N, K] or [K], linear_weight [V, K], linear_bias [V] or None, of one dtype; target labels [N] or []; weight
-    [V] -> a loss as :func:`cross_entropy` gives it. PyTorch multiplies the matrices; our kernel makes a chunk's logits
-    their gradient in place. The gradients of the weight and the bias are summed in float32. Saves the inputs and, for
-    the mean and the sum, the gradients, computed by the forward; for "none" backward computes the logits again.
-    Derivatives of gradients are computed with the logits whole, and so are class probabilities and a linear_weight of
-    more dimensions.
+    input [N, K] or [K], linear_weight [V, K] and linear_bias [V] or None have one dtype; target has labels [N] or [];
+    weight is [V]. The loss is as :func:`cross_entropy` gives it. PyTorch multiplies the matrices, and our kernel makes
+    a chunk's logits their gradient in place. The gradients of weight and bias are summed in float32. The forward saves
+    the inputs and, for the mean and the sum, the gradients. For "none" backward computes the logits again. Derivatives
+    of gradients, class probabilities and a linear_weight of more dimensions take the logits whole.
 
-    Raises what PyTorch raises for wrong arguments, TypeError or ValueError for a chunk_rows that is no int or below 1.
+    Raises what PyTorch raises for wrong arguments, TypeError for a chunk_rows that is no int, ValueError for one below
+    1.
     """
     tensors = (input, linear_weight, target, linear_bias, weight)
     if has_torch_function_variadic(*tensors):

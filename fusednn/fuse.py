@@ -226,12 +226,12 @@ def fuse(model: nn.Module) -> nn.Module:
     """Fuse every nn.Linear of `model` with the ReLU that follows it, in place, and return `model`.
 
     The ReLU is an nn.ReLU, `F.relu`, `torch.relu`, or the tensor's method. Parameters and state dict keys stay as they
-    are; :func:`fusions` lists what was fused and what was left alone and why (the logger "fusednn" has it too). Call it
-    before DistributedDataParallel, fully_shard or torch.compile wrap the model, and :func:`unfuse` before its modules
-    are exchanged.
+    are. :func:`fusions` lists what was fused, what was left alone and why; the logger "fusednn" has it too. Call `fuse`
+    before DistributedDataParallel, fully_shard or torch.compile wrap the model. Call :func:`unfuse` before you exchange
+    its modules.
 
-    What the model computes stays too, but for one thing: outside of an nn.Sequential, a fused Linear that other code
-    than a forward calls, by itself, applies the ReLU. Such a model had better be left as it is.
+    The model computes what it did, with one exception. Outside of an nn.Sequential, a fused Linear applies the ReLU
+    also when other code than a forward calls it by itself. Do not fuse such a model.
     """
     unfuse(model)
     analysis = _Analysis(model)

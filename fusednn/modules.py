@@ -127,11 +127,11 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):  # type: ignore[misc]
 
 
 class SimpleNN(nn.Module):
-    """The textbook network, Linear, ReLU, Linear, with the first two fused.
+    """The textbook network: Linear, ReLU, Linear, of which the first two run as one kernel.
 
-    `fc1`, `relu` and `fc2` are real modules. The fused layer runs through the call of `fc1`, so its pre-hooks fire.
-    Where a user could tell that `relu` did not run by itself (a hook on it, or one on fc1 that sees its output, or
-    another module in the place of either), the three run one by one, and `explain` says so.
+    `fc1`, `relu` and `fc2` are real modules. The fused layer runs through the call of `fc1`, so its pre-hooks fire. The
+    three run one by one if a user could see the difference: if `relu` has a hook, if a hook of `fc1` sees its output,
+    or if another module stands in the place of either. `explain` says so.
     """
 
     def __init__(

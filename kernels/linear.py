@@ -134,7 +134,8 @@ def linear_weight_grad_kernel(
         dw_ptrs = dw_ptr + split * stride_split + offs_n[:, None] * K + offs_k[None, :]
         store(dw_ptrs, dw, mask_n[:, None] & mask_k[None, :])
     if NEEDS_DB:
-        store(db_ptr + split * stride_split + offs_n, db, mask_n & (tile_k == 0))
+        # not mask_n & (tile_k == 0): Triton 3.9's interpreter makes numbers of it, which are no mask
+        store(db_ptr + split * stride_split + offs_n, db, offs_n < tl.where(tile_k == 0, N, 0))
 
 
 @triton.jit(do_not_specialize=["splits"])

@@ -97,7 +97,7 @@ MUTANTS = [
         ("sum of db", "db += tl.sum(g.to(acc_dtype), axis=0)", "db = tl.sum(g.to(acc_dtype), axis=0)"),
         ("place of a split of dw", "dw_ptr + split * stride_split", "dw_ptr"),
         ("place of a split of db", "db_ptr + split * stride_split", "db_ptr"),
-        ("who writes db", "mask_n & (tile_k == 0)", "mask_n & (tile_k == 1)"),
+        ("who writes db", "tl.where(tile_k == 0, N, 0)", "tl.where(tile_k == 1, N, 0)"),
     ),
     *of(
         LINEAR,

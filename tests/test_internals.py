@@ -89,7 +89,7 @@ def test_a_name_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 OURS = {"_asdict", "_fields", "_replace"}  # of a NamedTuple
 SAID = {"_native", "_global_", "_hooks", "_do_compile", "_pack_args", "_signal", "_"}
-"""Our extension, beginnings and ends of names, what Triton's own code says (kernels/launch.py), and a part of a sentence."""
+"""Our extension, beginnings and ends of names, what Triton's own code says (kernels/launch.py), words of sentences."""
 
 
 def private_names(path: Path) -> Iterator[str]:

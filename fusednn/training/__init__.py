@@ -71,54 +71,56 @@ def train_steps(
     on_chunk: Callable[[int, Tensor], object] | None = None,
     chunk_steps: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Train `model` on `inputs` [N, ...] and `targets` [N, ...], as this loop does, in as few launches as can be:
+    """Train `model` on `inputs` [N, ...] and `targets` [N, ...] as this loop does, in as few launches as possible:
 
         for epoch in range(epochs):
             order = torch.randperm(N, generator=generator) if shuffle else torch.arange(N)
-            for rows in order.split(batch_size):      # the last one ragged, or with drop_last dropped
+            for rows in order.split(batch_size):      # the last one is ragged, or dropped with drop_last
                 loss = criterion(model(inputs[rows]), targets[rows])
                 optimizer.zero_grad(); loss.backward(); optimizer.step(); lr_schedule.step()
 
-    Exactly one of `epochs` and `steps` is given; after a number of steps the loop ends within an epoch. Parameters,
-    `optimizer.state` and `param_groups`, the schedule and the generator are left where that loop leaves them, so plain
-    PyTorch may go on, and come back; the parameters' gradients are None.
+    Give one of `epochs` and `steps`. With `steps` the loop may end within an epoch. Parameters, `optimizer.state`,
+    `param_groups`, the schedule and the generator end where that loop leaves them, so plain PyTorch can go on, and come
+    back. The parameters' gradients are None.
 
-    Returns the loss of every step that it makes, [steps - start_step], on the device of the model and without waiting
-    for it; with `return_accuracy` also each batch's accuracy: of its rows that are not ignored the share whose largest
-    logit is the target's, NaN where there is none. For binary cross entropy, and where the output is one column, it is
-    the share on the right side of 0 (of 1/2 for nn.BCELoss).
+    Returns the loss of every step that it makes, [steps - start_step], on the device of the model, and does not wait
+    for it. With `return_accuracy` it also returns each batch's accuracy: the share of the rows that are not ignored
+    whose largest logit is the target's, NaN where there is none. For binary cross entropy, and for an output of one
+    column, it is the share on the right side of 0 (of 1/2 for nn.BCELoss).
 
     * `criterion`: nn.CrossEntropyLoss() if it is None.
-    * `start_step=k`: as if this call had made k of its steps before. Their rows are drawn and passed over, from the
-      generator as it was when they were, and `done` and `chunk_steps` count on. With the model, the optimizer and the
-      schedule as they were after k steps a run goes on to the bits of one that was not stopped.
-    * `lr_schedule`: a scheduler of torch.optim.lr_scheduler, stepped after every step. It may be stepped ahead of the
-      training: what a LambdaLR calls should look at its argument alone.
-    * `order`: "torch", or "philox", which draws the order of epoch e, counted from the begin of the call, from `seed`
-      and e alone, the same on every device; `generator` is then not used.
-    * `on_chunk(done, losses)` is called every `chunk_steps` steps, or, without a number, some ten times a second, and
-      after the last step, with the steps done so far and the losses of those since it was last called. It may raise
-      StopIteration to end the training there: what is done counts, and its losses are returned. It may look at
-      anything, load states and change learning rates; that a step is computed otherwise than when the call began (a
-      layer frozen, a hook, another parameter, layer or size of the data) takes a call of its own, and raises
-      RuntimeError here.
+    * `start_step=k`: as if this call had made k of its steps before. It draws their rows and passes over them, so give
+      it the generator as it was at the beginning. `done` and `chunk_steps` count on. If the model, the optimizer and
+      the schedule are as they were after k steps, the run goes on to the bits of one that was not stopped.
+    * `lr_schedule`: a scheduler of torch.optim.lr_scheduler. It steps after every step. It may be stepped ahead of the
+      training, so the function of a LambdaLR should look at its argument alone.
+    * `order`: "torch", or "philox", which draws the order of epoch e (counted from the beginning of the call) from
+      `seed` and e alone, the same on every device. It does not use `generator`.
+    * `on_chunk(done, losses)`: called every `chunk_steps` steps, or without a number some ten times a second, and after
+      the last step. `done` is the number of steps so far, `losses` are those since it was last called. It may raise
+      StopIteration to end the training there: the steps done count, and their losses are returned. It may look at
+      anything, load states and set learning rates. It may not change what a step computes (freeze a layer, add a hook,
+      exchange a parameter or a layer, resize the data): that raises RuntimeError. Make such a change between two calls.
 
-    Ctrl-C, another signal whose handler raises, and whatever else is raised, leaves whole steps: those that on_chunk
-    was told of. What a model of a class of its own computes is read in the source of its forward; nothing of it runs to
-    find that out. Where a line is not understood, "looped" serves, and `explain` quotes it. Hooks on autograd's own
-    nodes, of which a parameter does not tell, are not called by the other engines.
+    Ctrl-C, another signal whose handler raises, and any other exception leave whole steps: those that on_chunk was told
+    of. If a class of yours defines the model, the source of its forward is read, and nothing of it runs to find out
+    what it computes. Where a line is not understood, "looped" serves, and `explain` quotes the line. Only "looped"
+    calls hooks on autograd's own nodes, of which a parameter does not tell.
 
-    `explain` tells who runs the steps, and with ``steps=0`` who would: "resident", where model is Linear, ReLU, Linear
-    of a moderate size in float32 or float64 on a GPU, the criterion nn.CrossEntropyLoss and the optimizer torch.optim's
-    Adam, AdamW or SGD without amsgrad: one program makes all steps, a launch for some 40 ms of them. "captured" is a
-    step as a CUDA graph, where many programs make it sooner. "native" is the one program on a CPU: a loop in C++, in
-    this thread alone. Or "looped", that loop itself, for all else, and why.
+    `explain` names the engine that makes the steps, or with ``steps=0`` the one that would:
 
-    Raises TypeError and ValueError for arguments that make no sense, ValueError for inputs and targets of different
-    lengths, and for `return_accuracy` of a loss that has no classes, RuntimeError for tensors on another device than
-    the model and for those without memory. A label out of range raises IndexError on the CPU and within
-    :func:`fusednn.check_labels`, before the first step; on a GPU its row makes loss and parameters NaN. What the loop
-    raises in a step it raises here, the steps before it done.
+    * "resident" is one program on a GPU that makes all steps, in launches of some 40 ms. It takes Linear, ReLU, Linear
+      of a moderate size in float32 or float64, nn.CrossEntropyLoss, and torch.optim's Adam, AdamW or SGD without
+      amsgrad.
+    * "captured" makes each step a CUDA graph of many programs, where that is quicker.
+    * "native" is the same on a CPU as resident on a GPU: a loop in C++, in this thread alone.
+    * "looped" is the loop above, for everything else; `explain` says why.
+
+    Raises TypeError and ValueError for arguments that make no sense; ValueError for inputs and targets of different
+    lengths, and for `return_accuracy` of a loss that has no classes; RuntimeError for tensors on another device than
+    the model and for tensors without memory. A label out of range raises IndexError on a CPU and within
+    :func:`fusednn.check_labels`, before the first step. On a GPU its row makes loss and parameters NaN. What the loop
+    raises in a step this raises too, and the steps before it are done.
     """
     job = check(
         model, optimizer, inputs, targets, batch_size=batch_size, epochs=epochs, steps=steps, start_step=start_step,
@@ -145,7 +147,7 @@ def make_train_step(
     lr_schedule: Any = None,
     return_accuracy: bool = False,
 ) -> TrainStep:
-    """A function that makes one step of the loop of :func:`train_steps` on a batch that the caller brings:
+    """Make a function that makes one step of the loop of :func:`train_steps`, on a batch that the caller brings:
 
         step = make_train_step(model, optimizer)
         for x, y in loader:
@@ -157,16 +159,17 @@ def make_train_step(
             loss = criterion(model(x), y)
             optimizer.zero_grad(); loss.backward(); optimizer.step(); lr_schedule.step()
 
-    `step(x, y)` takes inputs [N, ...] and targets [N, ...] of any N and returns the loss, [], for which nobody waits;
-    with `return_accuracy` the loss and the accuracy, []. The engines are those of `train_steps`, but for "captured",
-    which needs many steps at once; what no kernel takes "looped" makes. `step.engine` names the one of the last call.
-    Each call looks at the model, the optimizer, the criterion and the modes of PyTorch as they are then: layers may be
-    frozen, states loaded, hooks added and learning rates set in between. Only where the loop had to serve, which is
-    always right, it is not looked again for up to 31 calls whether a kernel could. The parameters' gradients are None
-    afterwards. Ctrl-C, or another signal, leaves whole steps where a kernel makes them.
+    `step(x, y)` takes inputs [N, ...] and targets [N, ...] of any N. It returns the loss, [], and does not wait for it;
+    with `return_accuracy` it returns the loss and the accuracy, []. The engines are those of `train_steps` without
+    "captured", which needs many steps at once. `step.engine` names the engine of the last call.
+
+    Each call looks at the model, the optimizer, the criterion and the modes of PyTorch as they are then. So you may
+    freeze layers, load states, add hooks and set learning rates in between. Where the loop serves, which is always
+    right, a call looks for a kernel again only after up to 31 steps. A step leaves the parameters' gradients None.
+    Where a kernel makes the steps, Ctrl-C or another signal leaves whole steps.
 
     Raises TypeError and ValueError for arguments that make no sense, here or in the call, and IndexError for labels out
-    of range as `train_steps` does; what the loop raises in a step the call raises.
+    of range as `train_steps` does. The call raises what the loop raises in a step.
     """
     criterion = CrossEntropyLoss() if criterion is None else criterion
     return TrainStep(model, optimizer, criterion, lr_schedule, return_accuracy)

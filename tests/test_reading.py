@@ -366,7 +366,7 @@ def test_what_is_kept_is_read_again_when_something_changed(monkeypatch: pytest.M
 
 def test_text_that_is_not_in_a_file() -> None:
     names: dict[str, Any] = {"Plain": Plain, "F": F}
-    exec("class Typed(Plain):\n    def forward(self, x):\n        return self.fc2(F.relu(self.fc1(x)))\n", names)  # noqa: S102
+    exec("class Typed(Plain):\n    def forward(self, x):\n        return self.fc2(F.relu(self.fc1(x)))\n", names)
     assert "a class in a file or in a cell of a notebook" in find_net(names["Typed"]())
 
 

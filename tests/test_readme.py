@@ -46,7 +46,6 @@ def test_links_lead_somewhere(page: str) -> None:
     path = ROOT / page
     text = re.sub(r"`[^`\n]*`", "", path.read_text())
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]
-    assert links
     assert [link for link in links if not (path.parent / link).exists()] == []
 
 

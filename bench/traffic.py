@@ -41,8 +41,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime import interpreter
 
-from fusednn import CrossEntropyLoss, functional, modules, reference, train_steps
-from fusednn.training import optimizers, plan, resident
+from fusednn import CrossEntropyLoss, functional, internals, modules, reference, train_steps
+from fusednn.training import optimizers, resident
 
 SECTOR = 32
 """Bytes of a sector, the least that an NVIDIA GPU moves between its L2 cache and memory."""
@@ -371,7 +371,7 @@ def one_call(net: tuple[int, int, int], batch: int, steps: int) -> Loop:
     optimizer = torch.optim.Adam(model.parameters())
 
     def train(x: Tensor, target: Tensor) -> Tensor:
-        counted = patch.object(plan, "dispatch_modes", lambda: 0)  # the mode that counts would get the plain loop
+        counted = patch.object(internals, "dispatch_modes", lambda: 0)  # the mode that counts would get the plain loop
         with patch.object(resident, "Resident", InOneLaunch), counted:
             losses = train_steps(model, optimizer, x, target, batch_size=batch, steps=steps)
         assert isinstance(losses, Tensor)

@@ -379,7 +379,8 @@ def scale_gradient_kernel(
             if DIVIDED:
                 factor /= tl.load(total_ptr)
             if IN_PLACE:
-                mask = mask & (tl.sum((factor != 1.0).to(tl.int32)) > 0)
+                rows = tl.where(tl.sum((factor != 1.0).to(tl.int32)) > 0, M, 0)
+                mask = mask & (offs_m < rows)[:, None]  # no number here: see linear_weight_grad_kernel
         offs = row_offsets(offs_m, D, g_strides)[:, None] + offs_c[None, :] * g_strides[1]
         grad = load(grad_ptr + offs, mask).to(dtype) * factor[:, None]
         if LABELS:

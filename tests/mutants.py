@@ -278,7 +278,7 @@ MUTANTS = [
     *of(
         LAUNCHER,
         "plan_forward",
-        ("float16 divided", "and not is_deferred(dtype, reduction)", ""),
+        ("float16 divided", "not (long or is_deferred(dtype, reduction))", "not long"),
         ("counted too late", "counted = scaled and not (probabilities or alone)", "counted = False"),
     ),
     *of(

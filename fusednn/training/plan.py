@@ -64,7 +64,7 @@ class Choice(NamedTuple):
     def reason(self) -> str:
         """Why it is this engine, and for what."""
         if self.refusal is not None:
-            return self.refusal if self.captured is None else f"{self.refusal}; as a CUDA graph"
+            return self.refusal
         job = self.job
         device = "Triton interpreter" if job.inputs.is_cpu else str(job.inputs.device)
         where = Native.machine if self.engine == "native" else device
@@ -110,7 +110,8 @@ def choose(job: Job) -> Choice:
             return Choice("resident", None, flat, net, facts=facts, groups=groups)
         refusal = f"{job.inputs.device}, {job.inputs.dtype}, {net}, batch {job.batch_size}: many programs are quicker"
         return Choice("captured", refusal, job, captured=captured)
-    return Choice("looped", refusal, job, captured=_captured(job))
+    captured = _captured(job)
+    return Choice("looped" if captured is None else "captured", refusal, job, captured=captured)
 
 
 _COPIED = "the model makes its inputs a matrix, for which they are copied"
@@ -215,7 +216,7 @@ def _captured(job: Job) -> list[Tensor] | None:
     if not job.inputs.is_cuda or torch.version.hip or dispatch.checks_labels():
         return None
     if (
-        0 < job.steps - job.start_step < CAPTURED_STEPS
+        0 < job.steps < CAPTURED_STEPS  # also those before start_step: a run that goes on has the same engine
         or not job.epoch_rows
         or _against_criterion(job, None, Facts()) is not None
     ):

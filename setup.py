@@ -47,7 +47,7 @@ native = Extension(
 setup(
     name="fusednn",
     version="0.1.0",
-    description="Drop-in PyTorch layers and loss for small networks, fused in Triton kernels",
+    description="Drop-in PyTorch layers, losses and training loops for small networks, in Triton and C++ kernels",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

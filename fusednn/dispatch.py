@@ -189,10 +189,10 @@ def explain(fn: Callable[..., Any], /, *inputs: Any, **kwargs: Any) -> Decisions
 def warmup(model: Callable[..., Any], *batch: Any) -> None:
     """Compile ahead what training and inference of `model` on `batch` launch, by running both once.
 
-    `model` is a module, or a function such as ``lambda x, t: criterion(model(x), t)``. A batch of another size compiles
-    anew only if it belongs to another row of the configuration tables. Gradients, the buffers of a module and the
-    states of the random number generators stay as they were. Hooks run, and within a function BatchNorm counts the
-    batch.
+    `model` is a module, or a function such as ``lambda x, t: criterion(model(x), t)``. The kernels of `train_steps` are
+    not among them. A batch of another size compiles anew only if it belongs to another row of the configuration tables.
+    Gradients, the buffers of a module and the states of the random number generators stay as they were. Hooks run, and
+    within a function BatchNorm counts the batch.
     """
     module = model if isinstance(model, torch.nn.Module) else torch.nn.Module()
     kept = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
@@ -227,7 +227,10 @@ def _leaves(outputs: list[torch.Tensor]) -> list[torch.Tensor]:
 
 @contextmanager
 def strict() -> Iterator[None]:
-    """Within it, an operation that PyTorch would serve raises FallbackError."""
+    """Within it, an operation that PyTorch would serve raises FallbackError, in the forward.
+
+    A product that the configuration tables give to cuBLAS is no fallback.
+    """
     _watch.strict += 1
     _watch.active = True
     try:

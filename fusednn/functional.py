@@ -142,9 +142,9 @@ def cross_entropy(
     C, int64, int32, int16, int8 or uint8, or probabilities of input's shape and a floating dtype. weight: [C]. The loss
     is 0-d, or has the labels' shape for the reduction "none"; it has the input's dtype, float32 under autocast.
 
-    The mean over no rows is NaN, with zero gradients, as in PyTorch. An ignored row has a zero gradient even where its
-    logits are NaN. Inputs [N, C, d1, ...] are not transposed. They are copied only where d1, ... do not form one
-    dimension.
+    The mean over no rows is NaN, with zero gradients, as in PyTorch. With the kernels an ignored row has a zero
+    gradient even where its logits are NaN. Inputs [N, C, d1, ...] are not transposed. They are copied only where d1,
+    ... do not form one dimension.
 
     Where a program holds a row (32,768 classes of float32; docs/limits.md has the others), the forward computes the
     gradient and saves it in the place of the logits. Of longer rows it saves the logits and three numbers a row, and

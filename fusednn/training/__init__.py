@@ -92,13 +92,13 @@ def train_steps(
     * `start_step=k`: as if this call had made k of its steps before. It draws their rows and passes over them, so give
       it the generator as it was at the beginning. `done` and `chunk_steps` count on. If the model, the optimizer and
       the schedule are as they were after k steps, the run goes on to the bits of one that was not stopped.
-    * `lr_schedule`: a scheduler of torch.optim.lr_scheduler. It steps after every step. It may be stepped ahead of the
-      training, so the function of a LambdaLR should look at its argument alone.
+    * `lr_schedule`: a scheduler of torch.optim.lr_scheduler, but ReduceLROnPlateau. It steps after every step. It may
+      be stepped ahead of the training, so the function of a LambdaLR should look at its argument alone.
     * `order`: "torch", or "philox", which draws the order of epoch e (counted from the beginning of the call) from
       `seed` and e alone, the same on every device. It does not use `generator`.
-    * `on_chunk(done, losses)`: called every `chunk_steps` steps, or without a number some ten times a second, and after
-      the last step. `done` is the number of steps so far, `losses` are those since it was last called. It may raise
-      StopIteration to end the training there: the steps done count, and their losses are returned. It may look at
+    * `on_chunk(done, losses)`: called every `chunk_steps` steps, or without a number some 10 to 25 times a second, and
+      after the last step. `done` is the number of steps so far, `losses` are those since it was last called. It may
+      raise StopIteration to end the training there: the steps done count, and their losses are returned. It may look at
       anything, load states and set learning rates. It may not change what a step computes (freeze a layer, add a hook,
       exchange a parameter or a layer, resize the data): that raises RuntimeError. Make such a change between two calls.
 
@@ -113,7 +113,7 @@ def train_steps(
       of a moderate size in float32 or float64, nn.CrossEntropyLoss, and torch.optim's Adam, AdamW or SGD without
       amsgrad.
     * "captured" makes each step a CUDA graph of many programs, where that is quicker.
-    * "native" is the same on a CPU as resident on a GPU: a loop in C++, in this thread alone.
+    * "native" is the same on a CPU: a loop in C++, in this thread alone, in calls of some 40 ms.
     * "looped" is the loop above, for everything else; `explain` says why.
 
     Raises TypeError and ValueError for arguments that make no sense; ValueError for inputs and targets of different

@@ -48,7 +48,8 @@ test-full: $(READY)  ## what takes longer: the rest of the tests, up to 40 minut
 	$(BIN)/python -m pytest -n 2 -m slow
 
 # Half of the tests: what meets most of torch and of Triton's interpreter.
-HALF := tests/functional tests/ops tests/training $(wildcard tests/test_*.py)
+HALF := tests/functional tests/ops tests/training tests/kernels/test_interpreter.py tests/kernels/test_launch.py \
+	$(addprefix tests/test_,$(addsuffix .py,dispatch examples fuse init internals modules pytorch_samples reading))
 
 test-oldest: $(OLDEST)/.ready  ## half of the tests with torch 2.11, Triton 3.6 and numpy 2.3
 	$(OLDEST)/bin/python -m pytest -n 2 -m "not slow" $(HALF)

@@ -22,7 +22,8 @@ $(READY): setup.py constraints.txt $(wildcard kernels/native/*)
 	$(BIN)/python $(PIP) -c constraints.txt -e '.[dev]'
 	touch $@
 
-# $(1) is the environment, $(2) torch and numpy, $(3) Triton, which need not be the one that this torch asks for: 5 GB.
+# $(1) is the environment, $(2) torch and numpy (Triton 3.6's interpreter needs an older one), $(3) Triton, which need not
+# be the one that this torch asks for. 5 GB.
 define install
 	@$(PYTHON) -c '$(NEEDS)'
 	$(PYTHON) -m venv $(1)
@@ -33,7 +34,7 @@ define install
 endef
 
 $(OLDEST)/.ready: setup.py constraints.txt $(wildcard kernels/native/*)
-	$(call install,$(OLDEST),torch==2.11.0 'numpy<2.4',triton==3.6.0)  # its interpreter needs the older numpy
+	$(call install,$(OLDEST),torch==2.11.0 'numpy<2.4',triton==3.6.0)
 
 $(NEWEST)/.ready: setup.py constraints.txt $(wildcard kernels/native/*)
 	$(call install,$(NEWEST),torch==2.14.1 numpy,triton==3.9.0)

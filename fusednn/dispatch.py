@@ -170,20 +170,45 @@ def explain(fn: Callable[..., Any], /, *inputs: Any, **kwargs: Any) -> Decisions
 
     `fn` is a function or a module. The decisions come in the order of the calls, and print as a table. `fn` really
     runs, so `train_steps` and a step of `make_train_step` train. Give `train_steps` no steps to hear its engine without
-    training: ``explain(train_steps, model, optimizer, inputs, targets, steps=0)``. What torch.compile made runs as the
-    function that it was made of, which asks for the same kernels.
+    training: ``explain(train_steps, model, optimizer, inputs, targets, steps=0)``. Before torch 2.13 what torch.compile
+    made runs, in all threads, as the function that it was made of, which asks for the same kernels.
     """
     outer, _watch.decisions = _watch.decisions, []
     _watch.active = True
     try:
-        # nothing compiled exists before torch._dynamo is imported, which takes a second
-        stance = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-        with torch.no_grad(), stance:
+        with torch.no_grad(), _uncompiled() if _COMPILED_IS_SILENT else nullcontext():
             fn(*inputs, **kwargs)
         return Decisions(_watch.decisions)
     finally:
         _watch.decisions = outer
         _watch.active = outer is not None or _watch.strict > 0
+
+
+_COMPILED_IS_SILENT = torch.__version__ < "2.13"
+"""Whether a compiled function tells :func:`explain` nothing."""
+
+_stance: Any = None
+_explaining, _changing = 0, threading.Lock()
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Run without torch.compile, from the first thread that enters to the last that leaves."""
+    global _stance, _explaining
+    if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():  # to import it takes a second
+        yield
+        return
+    with _changing:
+        _explaining += 1
+        if _explaining == 1:
+            _stance = torch.compiler.set_stance("force_eager")
+    try:
+        yield
+    finally:
+        with _changing:
+            _explaining -= 1
+            if not _explaining:
+                _stance.__exit__(None, None, None)
 
 
 def warmup(model: Callable[..., Any], *batch: Any) -> None:

@@ -1,7 +1,7 @@
 """Every private name of torch and of Triton that the package uses, and what for.
 
 The next release may drop or change one: `tests/test_internals.py` then fails with its name, and `import fusednn` says
-which is gone. All of them are in torch 2.11 to 2.14 and in Triton 3.6 to 3.9.
+so of those that a module has. All of them are in torch 2.11 to 2.14 and in Triton 3.6 to 3.9.
 """
 
 import importlib
@@ -26,6 +26,7 @@ NAMES: dict[str, dict[str, str]] = {
         "_top_saved_tensors_default_hooks": "whether somebody sees what is saved for backward",
     },
     "torch._C._functorch": {
+        "unwrap_if_dead": "an input that was saved within torch.func.vjp, whose backward runs when that has ended",
         "is_legacy_batchedtensor": "a gradient of torch.autograd.grad(..., is_grads_batched=True)",
     },
     "torch._dynamo.eval_frame": {
@@ -143,6 +144,9 @@ _saved_hooks: Callable[[bool], Any] = _find("torch._C._autograd", "_top_saved_te
 is_batched: Callable[[torch.Tensor], bool] = _find("torch._C._functorch", "is_legacy_batchedtensor")
 """Whether `torch.autograd.grad(..., is_grads_batched=True)` made the tensor."""
 
+unwrap_if_dead: Callable[[torch.Tensor], torch.Tensor] = _find("torch._C._functorch", "unwrap_if_dead")
+"""The tensor in a wrapper of a transform that has ended; else the tensor itself."""
+
 has_global_hook: Callable[[], bool] = _find("torch.nn.modules.module", "_has_any_global_hook")
 """Whether a hook sees every module's call."""
 
@@ -151,7 +155,10 @@ legacy_reduction: Callable[..., str] = _find("torch.nn._reduction", "legacy_get_
 
 tree_leaves: Callable[[Any], list[Any]] = _find("torch.utils._pytree", "tree_leaves")
 
-_find("torch.autograd.forward_ad", "_current_level")
+for _owner in ("autograd.forward_ad", "nn.modules.loss", "nn.modules.module", "optim.optimizer"):
+    for _name in NAMES[f"torch.{_owner}"]:
+        _find(f"torch.{_owner}", _name)  # used in their place, and missed only there
+_find("torch.utils._device", "DeviceContext")
 
 
 def has_saved_tensor_hooks() -> bool:

@@ -122,13 +122,16 @@ def long_config(dtype: torch.dtype, apart: bool) -> LaunchConfig:
 @lru_cache(maxsize=4096)
 def plan_forward(
     m: int, c: int, apart: bool, dtype: torch.dtype, reduction: str, probabilities: bool, weighted: bool,
-    smoothed: bool, needs_grad: bool, needs_log_p: bool, long: bool, align: int = 1,
+    smoothed: bool, needs_grad: bool, needs_log_p: bool, statistics: bool, align: int = 1,
 ) -> Plans:  # fmt: skip
     """How many programs, of which kernel; a program that has the whole batch counts and adds for itself.
 
-    Of long rows a gradient is what it needs: statistics.
+    With `statistics` the kernel for long rows takes rows of any length, and writes those where a gradient is needed.
     """
     masses = probabilities or (weighted and smoothed)
+    long = statistics or c > most_classes(dtype, apart, masses)
+    if long and not statistics and (needs_grad or needs_log_p):
+        raise ValueError(f"rows of {c} classes are longer than a program holds: their gradient is backward's")
     config = long_config(dtype, apart) if long else choose(c, dtype, apart, masses)
     programs = cdiv(m, config.block_m)
     alone = programs == 1
@@ -200,14 +203,11 @@ def cross_entropy_forward(
 
     Raises ValueError where a gradient or log p is needed of rows that no program holds: see :func:`is_long`.
     """
-    long = is_long(x, target, weight, label_smoothing)
-    if long and (needs_grad or needs_log_p):
-        raise ValueError(f"rows of {x.shape[1]} classes are longer than a program holds: their gradient is another's")
     loss, grad = out or (_new_losses(x, reduction), x.new_empty(x.shape if needs_grad else 0))
     log_p = x.new_empty(x.shape if needs_log_p else 0) if target.is_floating_point() else grad
     written = grad if needs_grad else log_p
     total = _launch_forward(
-        x, target, weight, ignore_index, reduction, label_smoothing, loss, (grad,) if long else (grad, log_p),
+        x, target, weight, ignore_index, reduction, label_smoothing, loss, (grad, log_p),
         needs_grad, needs_log_p, strides_of(written) if written.dim() > 1 else (0, 0, 0),
     )  # fmt: skip
     return loss, grad, log_p, total
@@ -247,7 +247,7 @@ def _launch_forward(
 ) -> torch.Tensor:  # fmt: skip
     """Compute the loss and the outputs, which are gradient and log p or the statistics; returns the rows' weight."""
     m, c, d, apart = rows_of(x)
-    long, sums, mean = len(outputs) == 1, sum_dtype(x.dtype), reduction == "mean"
+    statistics, sums, mean = len(outputs) == 1, sum_dtype(x.dtype), reduction == "mean"
     probabilities = target.is_floating_point()
     total = x.new_empty(() if mean else 0, dtype=sums)
     if m == 0:
@@ -256,7 +256,7 @@ def _launch_forward(
     x_strides, t_strides = strides_of(x), strides_of(target, probabilities)
     plans = plan_forward(
         m, c, apart, x.dtype, reduction, probabilities, weight is not None, label_smoothing > 0, needs_grad,
-        needs_log_p, long, alignment(c, x_strides, g_strides),
+        needs_log_p, statistics, alignment(c, x_strides, g_strides),
     )  # fmt: skip
     losses, totals, counts, programs = loss, total, 0, plans.rows.grid[0]
     if plans.summing:
@@ -268,12 +268,12 @@ def _launch_forward(
         totals = x.new_empty(counts, dtype=sums)
         row_arguments = (m, c, d, t_strides, cdiv(m, counts), ignore_index)
         launch(count_labels_kernel, plans.counting, target, weights, totals, *row_arguments)
-    tensors, sizes = (x, target, weights, losses, *outputs, totals), (m, c, d, x_strides, t_strides)
+    tensors, sizes = (x, target, weights, losses), (m, c, d, x_strides, t_strides)
     numbers = ignore_index, float_bits(label_smoothing)
-    if long:
-        launch(plans.kernel, plans.rows, *tensors, *sizes, *numbers)
+    if plans.kernel is long_cross_entropy_kernel:
+        launch(plans.kernel, plans.rows, *tensors, outputs[0], totals, *sizes, *numbers)
     else:
-        launch(plans.kernel, plans.rows, *tensors, *sizes, g_strides, *numbers, counts)
+        launch(plans.kernel, plans.rows, *tensors, *outputs, totals, *sizes, g_strides, *numbers, counts)
     if plans.summing:
         launch(sum_losses_kernel, plans.summing, losses, totals, loss, total, programs, counts)
     return total

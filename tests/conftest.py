@@ -107,10 +107,10 @@ def long_rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from fusednn.kernels.launch import LaunchConfig
 
     for key in cross_entropy.CONFIGS:
-        monkeypatch.setitem(cross_entropy.CONFIGS, key, {(4, 1): 4})
+        monkeypatch.setitem(cross_entropy.CONFIGS, key, {(16, 1): 4})
     for key in cross_entropy.LONG_CONFIGS:
-        monkeypatch.setitem(cross_entropy.LONG_CONFIGS, key, LaunchConfig(2, 4))
-        monkeypatch.setitem(cross_entropy.APART_CONFIGS, key, LaunchConfig(4, 2))
+        monkeypatch.setitem(cross_entropy.LONG_CONFIGS, key, LaunchConfig(8, 16))
+        monkeypatch.setitem(cross_entropy.APART_CONFIGS, key, LaunchConfig(16, 4))
     _clear_plans(cross_entropy)
     yield
     _clear_plans(cross_entropy)

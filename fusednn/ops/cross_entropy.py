@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import dispatch, internals
 from . import derivatives
-from .registry import define, eager, kernels, needs_graph, recorded
+from .registry import define, eager, kernels, needs_graph, recorded, saved_tensors
 
 
 def check_range(labels: Tensor, classes: int, ignore_index: int) -> None:
@@ -162,7 +162,7 @@ def cross_entropy(
 ) -> Tensor:
     """The loss, of the labels' shape for the reduction "none" and else 0-d; weight is [C], contiguous, or None."""
     arguments = (x, labels, weight, ignore_index, reduction, label_smoothing)
-    if not needs_graph(x):
+    if not needs_graph(x) or _has_no_gradient(x):
         return _cross_entropy(*arguments, False)[0]
     record = _record_long if _is_long(x, weight is not None and label_smoothing > 0) else _record
     return record(*arguments)[0]
@@ -171,17 +171,25 @@ def cross_entropy(
 def soft_cross_entropy(x: Tensor, q: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float) -> Tensor:
     """The same with probabilities q, of x's shape and dtype, as the target."""
     arguments = (x, q, weight, reduction, label_smoothing)
-    if not needs_graph(x, q):
+    if not needs_graph(x, q) or _has_no_gradient(x):
         return _soft_cross_entropy(*arguments, False, False)[0]
     if _is_long(x, True):
+        x = x.clone() if x.is_inference() else x  # which cannot be saved
         return _record_long(x, q, weight, 0, reduction, label_smoothing)[0]
     return _record_soft(*arguments, needs_graph(q))[0]
 
 
 def _is_long(x: Tensor, masses: bool) -> bool:
     """Whether no program holds a row of x, so that backward reads the logits again."""
-    apart = x.dim() == 3 and x.shape[2] > 1 and x.stride(1) != 1
+    apart = False
+    if x.dim() == 3 and x.shape[2] > 1 and x.stride(1) != 1:  # a guard of torch.compile, and not a SymBool
+        apart = True
     return x.shape[1] > _most_classes(x.dtype, apart, masses)
+
+
+def _has_no_gradient(x: Tensor) -> bool:
+    """Whether torch.export traces a program for any number of classes: it has none, and must not guard on it."""
+    return torch.compiler.is_exporting() and not isinstance(x.shape[1], int)
 
 
 @internals.constant_under_compile
@@ -211,7 +219,7 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None, v: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad, labels, weight, total = ctx.saved_tensors
+        grad, labels, weight, total = saved_tensors(ctx)
         total = total.detach()
         deferred, dx = kernels("cross_entropy").is_deferred(grad.dtype, ctx.reduction), None
         if v is not None:  # before `grad` may be scaled
@@ -255,7 +263,7 @@ class SoftCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None, v: Tensor | None, u: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad, log_p, q, weight = ctx.saved_tensors
+        grad, log_p, q, weight = saved_tensors(ctx)
         deferred, dx, dq = kernels("cross_entropy").is_deferred(grad.dtype, ctx.reduction), None, None
         s = 1.0 if deferred else ctx.row_scale
         if ctx.has_log_p and ctx.needs_input_grad[1]:
@@ -297,7 +305,7 @@ class LongCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if dloss is None:
             return (None,) * 6
-        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:2]
+        saved, needs = saved_tensors(ctx), ctx.needs_input_grad[:2]
         gradient = _record_long_gradient if needs_graph(dloss, *saved[:2]) else _long_gradient
         gradients = gradient(dloss, *saved, *ctx.arguments, *needs)
         dx, dq = (result if need else None for result, need in zip(gradients, needs, strict=True))
@@ -323,7 +331,7 @@ class LongCrossEntropyGradient(torch.autograd.Function):
     def backward(ctx: Any, v: Tensor | None, u: Tensor | None) -> tuple[Tensor | None, ...]:
         ignore_index, reduction, label_smoothing, needs_dx, needs_dq = ctx.arguments
         v, u = v if needs_dx else None, u if needs_dq else None
-        dloss, x, target, weight, total = ctx.saved_tensors
+        dloss, x, target, weight, total = saved_tensors(ctx)
         total = total if reduction == "mean" else None
         seconds = derivatives.long_seconds(dloss, x, target, weight, total, ignore_index, label_smoothing, v, u)
         needs = ctx.needs_input_grad[:3]

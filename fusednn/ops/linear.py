@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..dispatch import overrule
 from ..internals import is_batched
-from .registry import define, kernels, needs_graph, recorded
+from .registry import define, kernels, needs_graph, recorded, saved_tensors
 
 
 def _weight_grad_fake(dy: Tensor, y: Tensor | None, x: Tensor, needs_dw: bool, needs_db: bool) -> tuple[Tensor, Tensor]:
@@ -149,7 +149,7 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, y = ctx.saved_tensors
+        x, w, y = saved_tensors(ctx)
         needs_dx, needs_dw, needs_db, _ = ctx.needs_input_grad
         if needs_dx and needs_dw and y is not None and is_library(dy.shape[0], *w.shape):
             dy, y = _mask(dy, y), None  # once for both
@@ -182,7 +182,7 @@ class InputGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
-        dy, y, w = ctx.saved_tensors
+        dy, y, w = saved_tensors(ctx)
         needs_dy, _, needs_w = ctx.needs_input_grad
         d_dy = _mask(linear(ddx, w, None, False), y) if needs_dy else None
         d_w = weight_grad(dy, y, ddx, True, False)[0] if needs_w else None
@@ -214,7 +214,7 @@ class WeightGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, ddw: Tensor | None, ddb: Tensor | None) -> tuple[Tensor | None, ...]:
-        dy, y, x = ctx.saved_tensors
+        dy, y, x = saved_tensors(ctx)
         needs_dy, _, needs_x, *_ = ctx.needs_input_grad
         ddw, ddb = ddw if ctx.has_dw else None, ddb if ctx.has_db else None
         d_dy = d_x = None

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cross_entropy import check_range, cross_entropy, nobody_looks, scale
-from .registry import define, kernels, needs_graph, recorded
+from .registry import define, kernels, needs_graph, recorded, saved_tensors
 
 CHUNK_BYTES = 2**28
 """The chunk buffer takes at most this much by default, and a tenth of what the logits would take. In half precision it
@@ -192,7 +192,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if dloss is None:
             return (None,) * 12
-        x, w, b, labels, weight, dx, dw, db, total = ctx.saved_tensors
+        x, w, b, labels, weight, dx, dw, db, total = saved_tensors(ctx)
         ignore_index, reduction, label_smoothing, chunk_rows, *_ = ctx.arguments
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], b is not None and ctx.needs_input_grad[2])
         grads: tuple[Tensor | None, ...]

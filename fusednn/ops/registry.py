@@ -80,6 +80,11 @@ def eager(*arguments: Any) -> bool:
     return True
 
 
+def saved_tensors(ctx: Any) -> list[Any]:
+    """What a Function has saved. Of an input it may be a wrapper of torch.func.vjp's, which has ended by now."""
+    return [tensor if tensor is None else internals.unwrap_if_dead(tensor) for tensor in ctx.saved_tensors]
+
+
 def needs_graph(*tensors: torch.Tensor | None) -> bool:
     """Whether a call on `tensors` must be recorded: for autograd, a torch.func transform or forward-mode AD."""
     if torch.is_grad_enabled():

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
-from fusednn import CrossEntropyLoss, Decision, FallbackError, SimpleNN, explain, functional, strict, warmup
+from fusednn import CrossEntropyLoss, Decision, FallbackError, SimpleNN, dispatch, explain, functional, strict, warmup
 from fusednn.kernels import cross_entropy as cross_entropy_kernels
 from fusednn.kernels import linear as linear_kernels
 
@@ -155,6 +156,39 @@ def test_explain_of_a_compiled_function() -> None:
     compiled = torch.compile(lambda x: functional.linear_relu(x, w), fullgraph=True, backend="eager")
     assert [decision.operation for decision in explain(compiled, x)] == ["linear_relu"]
     assert explain(lambda fn: functional.linear(fn, w), fn=x)
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_explain_leaves_torch_compile_on(silent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also from two threads, of which the first to begin ends first; and within a compiled function it works."""
+    monkeypatch.setattr(dispatch, "_COMPILED_IS_SILENT", silent)
+    begun, other_begun, ended = threading.Event(), threading.Event(), threading.Event()
+    found: list[object] = []
+
+    def first() -> None:
+        found.append(explain(lambda: (begun.set(), other_begun.wait(60))))
+        ended.set()
+
+    def second() -> None:
+        begun.wait(60)
+        found.append(explain(lambda: (other_begun.set(), ended.wait(60))))
+
+    torch._dynamo.reset()
+    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [(), ()]
+    counter, w = CompileCounter(), torch.randn(4, 6)
+
+    def explained(x: torch.Tensor) -> torch.Tensor:
+        explain(functional.linear_relu, x, w)
+        return functional.linear_relu(x, w)
+
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(torch.compile(explained, backend=counter)(x), torch.relu(x @ w.T))
+    assert counter.frame_count >= 1
 
 
 def test_strict_is_of_its_thread() -> None:

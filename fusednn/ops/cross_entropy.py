@@ -174,7 +174,8 @@ def soft_cross_entropy(x: Tensor, q: Tensor, weight: Tensor | None, reduction: s
     if not needs_graph(x, q) or _has_no_gradient(x):
         return _soft_cross_entropy(*arguments, False, False)[0]
     if _is_long(x, True):
-        x = x.clone() if x.is_inference() else x  # which cannot be saved
+        if not torch.compiler.is_compiling() and x.is_inference():
+            x = x.clone()  # what cannot be saved
         return _record_long(x, q, weight, 0, reduction, label_smoothing)[0]
     return _record_soft(*arguments, needs_graph(q))[0]
 

@@ -21,14 +21,17 @@ def source(code: CodeType) -> Source | str:
     lines = linecache.getlines(code.co_filename)
     file = _file(code.co_filename, "".join(lines)) if lines else None
     if file is None:
-        return "there is no source of its forward: it needs a class in a file or in a cell of a notebook"
+        return f"there is no source of its forward: {_NEEDED}"
     tree, codes = file
     function = next((node for node in ast.walk(tree) if _begins(node, code)), None)
     if function is None or not any(_alike(found, code) for found in codes):
-        return "the source of its forward is not that of the code that runs"
+        return f"the source of its forward is not that of the code that runs: {_NEEDED}"
     if function.decorator_list:
         return f"its {code.co_name} has a decorator: {line_of(lines[code.co_firstlineno - 1])}"
     return Source(function, lines)
+
+
+_NEEDED = "it needs a class in a file or in a cell of a notebook"
 
 
 @lru_cache(maxsize=256)

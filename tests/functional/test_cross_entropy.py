@@ -461,6 +461,16 @@ def test_third_derivatives_of_a_row_without_probability(device: str) -> None:
     torch.testing.assert_close(*results)
 
 
+@each_length
+def test_logits_of_inference_mode(device: str) -> None:
+    """They cannot be saved for backward, which the gradient of probabilities needs."""
+    with torch.inference_mode():
+        x = torch.randn(4, 5, device=device)
+    q = torch.rand(4, 5, device=device, requires_grad=True)
+    both = [torch.autograd.grad(f(x, q), q)[0] for f in (functional.cross_entropy, F.cross_entropy)]
+    torch.testing.assert_close(*both)
+
+
 def test_gradients_of_class_weights_under_transforms() -> None:
     """Which `requires_grad` does not tell of there: PyTorch serves, and none is lost."""
     x, q, weights = torch.randn(4, 5), torch.rand(4, 5), torch.rand(3, 5)

@@ -247,7 +247,8 @@ def test_memory(reduction: str) -> None:
     step(functional.linear_cross_entropy)  # imports
     ours, theirs = step(functional.linear_cross_entropy), step(composed)
     logits, gradients = 4 * n * v, 4 * (n * k + v * k)
-    assert ours <= logits / 10 + 2 * gradients + 16 * 4 * n
+    chunks = 2 if reduction == "none" else 1  # Triton 3.9's interpreter holds the forward's until the next launch
+    assert ours <= chunks * logits / 10 + 2 * gradients + 16 * 4 * n
     assert theirs >= 2 * logits
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vmap
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -114,7 +115,7 @@ def test_compile(backend: str, device: str) -> None:
 def test_compile_recompiles_once_for_dynamic_shapes(device: str) -> None:
     """Once when the batch first changes, and once for a batch of one."""
     torch._dynamo.reset()
-    step, counter = Step(device), torch._dynamo.testing.CompileCounter()
+    step, counter = Step(device), CompileCounter()
     compiled = torch.compile(step.ours, fullgraph=True, backend=counter)
     for rows in (5, 7, 9, 33, 1):
         compiled(torch.randn(rows, 6, device=device), torch.arange(rows, device=device) % 4)
@@ -471,6 +472,52 @@ def test_compile_each_loss(pair: Pair) -> None:
         torch.testing.assert_close(value, right)
         gradients = (torch.autograd.grad(loss * 3, (w, x)) for loss in (value, right))
         torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)  # sums of machines with other vectors differ
+
+
+@pytest.mark.parametrize("length", ["whole", "long"])
+def test_compile_images_of_several_sizes(length: str, request: pytest.FixtureRequest) -> None:
+    """[B, C, H, W] whose strides are then symbols: the second size compiles once more, and no third."""
+    if length == "long":
+        request.getfixturevalue("long_rows")
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(functional.cross_entropy, fullgraph=True, backend=counter)
+    for size in (4, 6, 5, 7):
+        x, target = torch.randn(2, 5, size, size, requires_grad=True), torch.randint(5, (2, size, size))
+        both = compiled(x, target), F.cross_entropy(x, target)
+        torch.testing.assert_close(*both)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, x)[0] for loss in both))
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("name", losses())
+def test_vjp_is_called_when_its_transform_has_ended(pair: Pair) -> None:
+    results, (w, x) = [], (torch.randn(4, 6), torch.randn(5, 6))
+    for loss in pair:
+        value, pull = torch.func.vjp(loss, w, x)
+        results.append((value, *pull(torch.full_like(value, 0.5))))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.usefixtures("long_rows")
+def test_export_for_any_number_of_classes() -> None:
+    """What is exported has no gradient, so that it matters for nothing whether a program holds the rows."""
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor, target: Tensor) -> Tensor:
+            return functional.cross_entropy(x * self.scale, target)
+
+    target = torch.zeros(5, dtype=torch.int64)
+    exported = torch.export.export(
+        Loss(), (torch.randn(5, 6), target), dynamic_shapes=({1: torch.export.Dim("c")}, None)
+    )
+    for classes in (2, 40):
+        x = torch.randn(5, classes)
+        torch.testing.assert_close(exported.module()(x, target), F.cross_entropy(x, target))
 
 
 @pytest.mark.parametrize("name", list(losses())[1:])

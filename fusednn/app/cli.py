@@ -62,8 +62,7 @@ def _run(argv: list[str] | None) -> int:
     try:
         from .train import train
     except ImportError as error:
-        needs = "install what the command line needs: pip install '.[app]' in a clone"
-        raise CommandError(2, f"{error}; {needs}") from error
+        raise CommandError(2, f"{error}; install what the command line needs: pip install 'fusednn[app]'") from error
     try:
         train(options)
     except FloatingPointError as error:

@@ -158,7 +158,6 @@ tree_leaves: Callable[[Any], list[Any]] = _find("torch.utils._pytree", "tree_lea
 for _owner in ("autograd.forward_ad", "nn.modules.loss", "nn.modules.module", "optim.optimizer"):
     for _name in NAMES[f"torch.{_owner}"]:
         _find(f"torch.{_owner}", _name)  # used in their place, and missed only there
-_find("torch.utils._device", "DeviceContext")
 
 
 def has_saved_tensor_hooks() -> bool:

@@ -57,7 +57,7 @@ CONFIGS = {
 ON_CHIP = 16384 if torch.version.hip else 32768
 """The most classes of a row that a program holds: on gfx942 32,768 spill (`make resources`)."""
 
-LONG_CONFIGS = {"float": LaunchConfig(1, 4096, num_warps=8), "double": LaunchConfig(1, 2048, num_warps=8)}
+LONG_CONFIGS = {"float": LaunchConfig(1, 4096, num_warps=8), "double": LaunchConfig(1, 1024, num_warps=4)}
 """For rows with more classes than `CONFIGS` holds: of a trip in the forward, of a program in the gradient.
 
 On an H100, bfloat16 logits of 512 MiB, us forward: 65,536 classes 187, in trips of 2,048 194; 262,144 classes 203, in

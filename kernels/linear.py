@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .launch import DTYPE_NAMES, Launch, LaunchConfig, cdiv, launch, plan
-from .numerics import load, store, sum_dtype
+from .numerics import INTERPRETED, load, store, sum_dtype
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -134,8 +134,11 @@ def linear_weight_grad_kernel(
         dw_ptrs = dw_ptr + split * stride_split + offs_n[:, None] * K + offs_k[None, :]
         store(dw_ptrs, dw, mask_n[:, None] & mask_k[None, :])
     if NEEDS_DB:
-        # not mask_n & (tile_k == 0): Triton 3.9's interpreter makes numbers of it, which are no mask
-        store(db_ptr + split * stride_split + offs_n, db, offs_n < tl.where(tile_k == 0, N, 0))
+        if INTERPRETED:  # noqa: SIM108 - Triton 3.9's makes numbers of mask_n & (tile_k == 0), which are no mask
+            mask_db = offs_n < tl.where(tile_k == 0, N, 0)
+        else:
+            mask_db = mask_n & (tile_k == 0)
+        store(db_ptr + split * stride_split + offs_n, db, mask_db)
 
 
 @triton.jit(do_not_specialize=["splits"])

@@ -50,6 +50,13 @@ def test_links_lead_somewhere(page: str) -> None:
     assert [link for link in links if not (path.parent / link).exists()] == []
 
 
+def test_no_figure_is_left_out() -> None:
+    """A word in capitals that stands for a number which was to be measured."""
+    for page in ("README.md", "CONTRIBUTING.md", "docs/evidence.md", "docs/limits.md"):
+        cells = [cell.strip() for cell in re.split(r"[|\n]", (ROOT / page).read_text())]
+        assert not [cell for cell in cells if re.match(r"[A-Z]{5,}\b(?! ?[-/(])", cell.lstrip("`"))], page
+
+
 def test_the_first_screen_is_short() -> None:
     """A newcomer reads what it is, sees the chart and types a command: all before the first heading but the title."""
     title, first_screen, *_ = re.split(r"^#+ .*$", README, maxsplit=2, flags=re.MULTILINE)

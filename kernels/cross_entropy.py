@@ -389,17 +389,16 @@ def scale_gradient(
     dloss is 0-d or has a number for each row of grad, [M, C] or [B, C, D], at any stride; `out` has grad's strides and
     any dtype. Rows whose label is `ignore_index` stay 0 even where dloss is not finite.
     """
-    b, c = grad.shape[:2]
-    d = grad.shape[2] if grad.dim() == 3 else 1
+    m, c, d, _ = rows_of(grad)
     if grad.numel():
         dloss_strides = strides_of(dloss, classes=False)
         flags = (dloss_strides == (0, 0, 0), total is not None, labels is not None, out is grad)
         t_strides = (0, 0, 0) if labels is None else strides_of(labels, classes=False)
         g_strides = strides_of(grad)
-        planned = plan_scale(b * d, c, d > 1, *flags, alignment(c, g_strides))
+        planned = plan_scale(m, c, d > 1, *flags, alignment(c, g_strides))
         launch(
             scale_gradient_kernel, planned, grad, dloss, dloss if total is None else total,
-            grad if labels is None else labels, out, b * d, c, d, dloss_strides, t_strides, g_strides, ignore_index,
+            grad if labels is None else labels, out, m, c, d, dloss_strides, t_strides, g_strides, ignore_index,
         )  # fmt: skip
     return out
 

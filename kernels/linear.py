@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .launch import DTYPE_NAMES, Launch, LaunchConfig, cdiv, launch, plan
-from .numerics import INTERPRETED, load, store, sum_dtype
+from .numerics import load, store, sum_dtype
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -134,11 +134,9 @@ def linear_weight_grad_kernel(
         dw_ptrs = dw_ptr + split * stride_split + offs_n[:, None] * K + offs_k[None, :]
         store(dw_ptrs, dw, mask_n[:, None] & mask_k[None, :])
     if NEEDS_DB:
-        if INTERPRETED:  # noqa: SIM108 - Triton 3.9's makes numbers of mask_n & (tile_k == 0), which are no mask
-            mask_db = offs_n < tl.where(tile_k == 0, N, 0)
-        else:
-            mask_db = mask_n & (tile_k == 0)
-        store(db_ptr + split * stride_split + offs_n, db, mask_db)
+        # a tile, and not tile_k alone, of which Triton 3.9's interpreter would make numbers in the mask
+        first = tl.zeros((BLOCK_N,), tl.int32) + tile_k == 0
+        store(db_ptr + split * stride_split + offs_n, db, mask_n & first)
 
 
 @triton.jit(do_not_specialize=["splits"])

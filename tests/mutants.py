@@ -97,7 +97,7 @@ MUTANTS = [
         ("sum of db", "db += tl.sum(g.to(acc_dtype), axis=0)", "db = tl.sum(g.to(acc_dtype), axis=0)"),
         ("place of a split of dw", "dw_ptr + split * stride_split", "dw_ptr"),
         ("place of a split of db", "db_ptr + split * stride_split", "db_ptr"),
-        ("who writes db", "tl.where(tile_k == 0, N, 0)", "tl.where(tile_k == 1, N, 0)"),
+        ("who writes db", "tile_k == 0", "tile_k == 1"),
     ),
     *of(
         LINEAR,

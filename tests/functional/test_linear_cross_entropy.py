@@ -7,6 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -247,7 +248,8 @@ def test_memory(reduction: str) -> None:
     step(functional.linear_cross_entropy)  # imports
     ours, theirs = step(functional.linear_cross_entropy), step(composed)
     logits, gradients = 4 * n * v, 4 * (n * k + v * k)
-    chunks = 2 if reduction == "none" else 1  # Triton 3.9's interpreter holds the forward's until the next launch
+    # Triton 3.9's interpreter holds the forward's until the next launch
+    chunks = 2 if reduction == "none" and triton.__version__ >= "3.9" else 1
     assert ours <= chunks * logits / 10 + 2 * gradients + 16 * 4 * n
     assert theirs >= 2 * logits
 

@@ -1,0 +1,85 @@
+"""What a training step is, without a tensor: its layers, its loss and the rule of its optimizer; and the names of these.
+
+    a = x;  for each layer: z = a Wᵀ + b, a = activation(z);  y = a
+    loss of y and the targets; the gradient of each W and b;  the optimizer's rule on each
+
+Every engine is driven by a :class:`Step`. To add an activation, a loss or a rule is a line in a table here, a line in
+native/step.h, which has the same names in the same order, and a device function in each language. Imports nothing.
+"""
+
+from typing import NamedTuple
+
+MOST_LAYERS = 8
+"""Linear layers of a net."""
+
+ACTIVATIONS = {
+    "identity": "value",
+    "relu": "value",
+    "leaky_relu": "before",
+    "elu": "before",
+    "gelu": "before",
+    "gelu_tanh": "before",
+    "silu": "before",
+    "tanh": "value",
+    "sigmoid": "value",
+    "softplus": "before",
+}
+"""What the slope of an activation is read off: its value, or the number before it. As in PyTorch."""
+
+LOSSES = ("cross_entropy",)
+
+RULES = ("adam", "sgd", "momentum", "nesterov")
+
+STEP_SIZE, DECAY, SHRINK, SIGN = range(4)
+MOMENTUM, UNDAMPED = 4, 5  # of momentum and nesterov
+ROOT, EPS, GRAD_PART, SQUARE_KEPT, SQUARE_PART = range(4, 9)  # of adam
+ROW = 9
+"""The places in a row of the optimizer's table, which has one for each step and parameter: updates.py has the formulas."""
+
+
+class Activation(NamedTuple):
+    """A name of ACTIVATIONS, and its numbers: LeakyReLU's slope, ELU's alpha, softplus' beta and threshold."""
+
+    name: str = "identity"
+    numbers: tuple[float, ...] = ()
+
+
+class Loss(NamedTuple):
+    """A name of LOSSES; mean or sum over the rows, whether classes have weights, whether labels are smoothed."""
+
+    name: str = "cross_entropy"
+    mean: bool = True
+    weighted: bool = False
+    smoothed: bool = False
+
+
+class Rule(NamedTuple):
+    """A name of RULES; whether the weight decay is in the gradient or shrinks w, and whether the gradient's sign turns."""
+
+    name: str = "adam"
+    coupled: bool = False
+    decoupled: bool = False
+    maximize: bool = False
+
+
+class Step(NamedTuple):
+    """A training step of a net whose layer l has sizes[l] inputs and sizes[l + 1] outputs.
+
+    `biases` says which layers have one, `activations` has that behind each, also behind the last, and `accuracy` whether
+    the share of the rows is asked for whose largest output is the target's.
+    """
+
+    sizes: tuple[int, ...]
+    biases: tuple[bool, ...]
+    activations: tuple[Activation, ...]
+    loss: Loss = Loss()
+    rule: Rule = Rule()
+    accuracy: bool = False
+
+    @property
+    def layers(self) -> int:
+        """How many Linear layers there are."""
+        return len(self.biases)
+
+    def __str__(self) -> str:
+        return "-".join(map(str, self.sizes))

@@ -99,7 +99,7 @@ def _is_distributed(x: torch.Tensor) -> bool:
     return not (kind is torch.Tensor or kind is torch.nn.Parameter) and kind.__module__ == "torch.distributed.tensor"
 
 
-def reason_against(x: torch.Tensor) -> str | None:
+def refusal(x: torch.Tensor) -> str | None:
     """Why PyTorch serves `x`, or None if Triton does."""
     if not HAS_TRITON:
         return "Triton is not installed"
@@ -135,11 +135,11 @@ def without_memory(x: torch.Tensor) -> str | None:
 
 
 def _tell(operation: str, x: torch.Tensor) -> None:
-    reason = reason_against(x)
-    if reason is None:
+    against = refusal(x)
+    if against is None:
         note(Decision(operation, "Triton interpreter" if x.is_cpu else "Triton", f"{x.device}, {x.dtype}"))
     else:
-        note(Decision(operation, "PyTorch", reason))
+        note(Decision(operation, "PyTorch", against))
 
 
 def note(decision: Decision) -> None:

@@ -161,8 +161,8 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = internals.legacy_reduction(size_average, reduce)
     if type(input) is Tensor and input.is_cpu and _are_plain(target, weight):
-        if target.dtype is not torch.int64 and target.dtype in LABELS and (reason := dispatch.without_memory(target)):
-            raise RuntimeError(f"target: {reason}")  # it is cast before PyTorch sees it
+        if target.dtype is not torch.int64 and target.dtype in LABELS and (refusal := dispatch.without_memory(target)):
+            raise RuntimeError(f"target: {refusal}")  # it is cast before PyTorch sees it
         return F.cross_entropy(
             input, reference.as_long(target), weight, None, ignore_index, None, reduction, label_smoothing
         )
@@ -170,13 +170,13 @@ def cross_entropy(
     if serves and torch.is_autocast_enabled(input.device.type):
         input, target, weight = (_autocast(tensor, torch.float32) for tensor in (input, target, weight))
     if not serves or (
-        reason := _cross_entropy_refuses(input, target, weight, ignore_index, reduction, label_smoothing)
+        refusal := _cross_entropy_refuses(input, target, weight, ignore_index, reduction, label_smoothing)
     ):
         loss = reference.cross_entropy(
             input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
         )
         if serves:
-            dispatch.overrule("cross_entropy", f"no kernel for {reason}")
+            dispatch.overrule("cross_entropy", f"no kernel for {refusal}")
         return loss
     smoothing = float(label_smoothing) if label_smoothing > 0 else 0.0
     shape, x = target.shape, _matrix(input, input)
@@ -314,13 +314,13 @@ def linear_cross_entropy(
         x, w, b = (_autocast(tensor, torch.get_autocast_dtype(input.device.type)) for tensor in (x, w, b))
         loss_dtype, weight = torch.promote_types(x.dtype, torch.float32), _autocast(weight, torch.float32)
     rest = (loss_dtype, weight, ignored, reduction, label_smoothing)
-    if not serves or (reason := _linear_cross_entropy_refuses(x, w, target, b, *rest)):
+    if not serves or (refusal := _linear_cross_entropy_refuses(x, w, target, b, *rest)):
         loss = reference.linear_cross_entropy(
             input, linear_weight, target, linear_bias=linear_bias, weight=weight, reduction=reduction,
             ignore_index=ignore_index, label_smoothing=label_smoothing, options=options,
         )  # fmt: skip
         if serves:
-            dispatch.overrule("linear_cross_entropy", f"no kernel for {reason}")
+            dispatch.overrule("linear_cross_entropy", f"no kernel for {refusal}")
         return loss
     rows, labels = (x, target) if x.dim() == 2 else (x.unsqueeze(0), target.unsqueeze(0))
     if chunk_rows is None:

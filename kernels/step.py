@@ -1,4 +1,4 @@
-"""What a training step is, without a tensor: its layers, its loss and the rule of its optimizer; and the names of these.
+"""What a training step is, without a tensor: its layers, its loss, the rule of its optimizer, and the names of these.
 
     a = x;  for each layer: z = a Wᵀ + b, a = activation(z);  y = a
     loss of y and the targets; the gradient of each W and b;  the optimizer's rule on each
@@ -34,7 +34,7 @@ STEP_SIZE, DECAY, SHRINK, SIGN = range(4)
 MOMENTUM, UNDAMPED = 4, 5  # of momentum and nesterov
 ROOT, EPS, GRAD_PART, SQUARE_KEPT, SQUARE_PART = range(4, 9)  # of adam
 ROW = 9
-"""The places in a row of the optimizer's table, which has one for each step and parameter: updates.py has the formulas."""
+"""The places in a row of the optimizer's table, which has a row for each step and parameter; see updates.py."""
 
 
 class Activation(NamedTuple):
@@ -54,7 +54,7 @@ class Loss(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """A name of RULES; whether the weight decay is in the gradient or shrinks w, and whether the gradient's sign turns."""
+    """A name of RULES; whether weight decay is in the gradient, or shrinks w; whether the gradient's sign turns."""
 
     name: str = "adam"
     coupled: bool = False
@@ -65,8 +65,8 @@ class Rule(NamedTuple):
 class Step(NamedTuple):
     """A training step of a net whose layer l has sizes[l] inputs and sizes[l + 1] outputs.
 
-    `biases` says which layers have one, `activations` has that behind each, also behind the last, and `accuracy` whether
-    the share of the rows is asked for whose largest output is the target's.
+    `biases` says which layers have one, and `activations` what is behind each, also behind the last. `accuracy` asks
+    for the share of the rows whose largest output is the target's.
     """
 
     sizes: tuple[int, ...]

@@ -27,8 +27,8 @@ from .registry import define, eager, kernels, needs_graph, recorded, saved_tenso
 def check_range(labels: Tensor, classes: int, ignore_index: int) -> None:
     """Raise PyTorch's IndexError for a label out of range: always on a CPU, else inside `check_labels()` (a sync)."""
     if labels.is_cpu or dispatch.checks_labels():
-        if (reason := dispatch.without_memory(labels)) is not None:
-            raise RuntimeError(f"target: {reason}")
+        if (refusal := dispatch.without_memory(labels)) is not None:
+            raise RuntimeError(f"target: {refusal}")
         labels = labels.long()  # or -100 would be compared as the 156 that it is in uint8
         if not labels.numel():
             return

@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-FUNCTIONS: dict[Any, str] = {
-    torch.relu: "relu", torch.relu_: "relu_", F.relu: "relu", F.relu_: "relu_",
-    torch.flatten: "flatten", torch.reshape: "reshape", F.dropout: "dropout",
-}  # fmt: skip
+NAMES: dict[Any, str] = {
+    F: "relu relu_ leaky_relu leaky_relu_ elu elu_ gelu silu tanh sigmoid softplus dropout",
+    torch: "relu relu_ tanh tanh_ sigmoid sigmoid_ flatten reshape",
+}
+FUNCTIONS: dict[Any, str] = {getattr(owner, name): name for owner, names in NAMES.items() for name in names.split()}
 """The functions of a tensor that are known, and their names."""
 
-METHODS = ("relu", "relu_", "flatten", "reshape", "view")
+METHODS = ("relu", "relu_", "tanh", "tanh_", "sigmoid", "sigmoid_", "flatten", "reshape", "view")
 """The methods of a tensor that are known."""
 
 LOOKS = ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad", "size", "dim", "numel", "is_floating_point")

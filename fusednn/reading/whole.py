@@ -11,7 +11,7 @@ from torch.nn.modules import module as torch_module
 
 from .. import modules
 from .facts import GONE, Facts
-from .nodes import Node, Reading, Unread
+from .nodes import METHODS, NAMES, Node, Reading, Unread
 from .reader import Frame, Reader, plain_class
 from .sources import Source
 
@@ -58,8 +58,8 @@ class _Whole(Reader):
     def run(self, module: nn.Module, x: Node, text: str = "") -> Any:
         """What `module` makes of x."""
         kind = plain_class(type(module))
-        if (reason := self.against(module)) is not None:
-            raise Unread(reason)
+        if (refusal := self.refusal(module)) is not None:
+            raise Unread(refusal)
         if kind in _DROPOUTS:
             for name in ("training", "p"):
                 self.item(module, "__dict__", name)
@@ -93,7 +93,7 @@ class _Whole(Reader):
             return self.add(Node("module", module, (x,), text=text))
         return self.call_function(function, place, module, [x], {})
 
-    def against(self, module: nn.Module) -> str | None:
+    def refusal(self, module: nn.Module) -> str | None:
         """Why nobody can tell what a call of `module` does, or who watches it do so."""
         kind = type(module)
         if isinstance(module, torch.jit.ScriptModule):
@@ -122,19 +122,20 @@ CALLS.append(("__getattribute__", object.__getattribute__))
 UNTOUCHED: list[tuple[Any, str, Any]] = [
     (owner, name, getattr(owner, name))
     for owner, names in (
-        (nn.Linear, "forward"), (nn.ReLU, "forward"), (nn.Sequential, "forward"), (nn.Flatten, "forward"),
-        (nn.Identity, "forward"), (nn.Dropout, "forward"), (nn.CrossEntropyLoss, "forward"),
-        (modules.Linear, "forward"), (modules.LinearReLU, "forward"), (modules.SimpleNN, "forward"),
-        (modules.CrossEntropyLoss, "forward"),
-        (F, "linear relu relu_ cross_entropy dropout"), (torch, "relu relu_ flatten"),
-        (Tensor, "relu relu_ flatten view reshape backward __getitem__ detach"), (torch.autograd, "backward grad"),
+        *((kind, "forward") for kind in (
+            nn.Linear, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus,
+            nn.Sequential, nn.Flatten, nn.Identity, nn.Dropout, nn.CrossEntropyLoss,
+            modules.Linear, modules.LinearReLU, modules.SimpleNN, modules.CrossEntropyLoss,
+        )),
+        *NAMES.items(), (F, "linear cross_entropy"), (torch.autograd, "backward grad"),
+        (Tensor, f"{' '.join(METHODS)} backward __getitem__ detach"),
     )
     for name in names.split()
 ]  # fmt: skip
 """What the engines take for granted, as it was when it was imported; fuse adds its own."""
 
 
-def against_all(facts: Facts) -> str | None:
+def refusal_of_all(facts: Facts) -> str | None:
     """Why no model is read, whatever it is: all modules have hooks, or PyTorch itself was changed."""
     if any(facts.length(torch_module, name) for name in vars(torch_module) if _is_of_all(name)):
         return "all modules have hooks"
@@ -166,8 +167,8 @@ def read(model: nn.Module, facts: Facts) -> Reading | str:
 
     It is read in the mode that it is in, with the grad mode on. The first node is its input.
     """
-    if (reason := against_all(facts)) is not None:
-        return reason
+    if (refusal := refusal_of_all(facts)) is not None:
+        return refusal
     reader, x = _Whole(facts), Node("input", "the input")
     reader.nodes.append(x)
     try:

@@ -1,35 +1,17 @@
 """train_steps: the textbook training loop as one call; make_train_step: a step of it a call."""
 
+import inspect
 from collections.abc import Callable
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ..modules import CrossEntropyLoss
 from .driver import TrainStep, run
-from .job import check, whole
+from .job import DEFAULTS, HINTS, Options, check
 
 __all__ = ["TrainStep", "make_train_step", "train_steps"]
-
-
-class Options(TypedDict, total=False):
-    """The keywords of :func:`train_steps` that do not change the type of what it returns."""
-
-    batch_size: int
-    epochs: int | None
-    steps: int | None
-    shuffle: bool
-    drop_last: bool
-    generator: torch.Generator | None
-    order: str
-    seed: int | None
-    criterion: Callable[[Tensor, Tensor], Tensor] | None
-    lr_schedule: Any
-    start_step: int
-    on_chunk: Callable[[int, Tensor], object] | None
-    chunk_steps: int | None
 
 
 Model = Callable[[Tensor], Tensor]
@@ -51,26 +33,9 @@ def train_steps(
     **options: Unpack[Options],
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def train_steps(
-    model: Model,
-    optimizer: Optimizer,
-    inputs: Tensor,
-    targets: Tensor,
-    *,
-    batch_size: int = 32,
-    epochs: int | None = None,
-    steps: int | None = None,
-    shuffle: bool = True,
-    drop_last: bool = False,
-    generator: torch.Generator | None = None,
-    order: str = "torch",
-    seed: int | None = None,
-    criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
-    lr_schedule: Any = None,
-    start_step: int = 0,
-    return_accuracy: bool = False,
-    on_chunk: Callable[[int, Tensor], object] | None = None,
-    chunk_steps: int | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    model: Model, optimizer: Optimizer, inputs: Tensor, targets: Tensor, *, return_accuracy: bool = False,
+    **options: Unpack[Options],
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Train `model` on `inputs` [N, ...] and `targets` [N, ...] as this loop does, in as few launches as possible:
 
         for epoch in range(epochs):
@@ -122,21 +87,23 @@ def train_steps(
     :func:`fusednn.check_labels`, before the first step. On a GPU its row makes loss and parameters NaN. What the loop
     raises in a step this raises too, and the steps before it are done.
     """
-    job = check(
-        model, optimizer, inputs, targets, batch_size=batch_size, epochs=epochs, steps=steps, start_step=start_step,
-        shuffle=shuffle, drop_last=drop_last, generator=generator, order=order, seed=seed,
-        criterion=_CROSS_ENTROPY if criterion is None else criterion, lr_schedule=lr_schedule,
-        return_accuracy=return_accuracy,
-    )  # fmt: skip
-    if chunk_steps is not None:
-        chunk_steps = whole("chunk_steps", chunk_steps, 1)
-    if on_chunk is not None and not callable(on_chunk):
-        raise TypeError(f"on_chunk needs a function, not {type(on_chunk).__name__}")
-    losses, accuracies = run(job, on_chunk, chunk_steps)
+    if unknown := options.keys() - DEFAULTS.keys():
+        raise TypeError(f"train_steps() got an unexpected keyword argument {min(unknown)!r}")
+    losses, accuracies = run(check(model, optimizer, inputs, targets, return_accuracy, options))
     return (losses, accuracies) if return_accuracy else losses
 
 
-_CROSS_ENTROPY = CrossEntropyLoss()
+def _with_options(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature of `function`, with its options by name: what help() and an editor show."""
+    known, kind = inspect.signature(function), inspect.Parameter.KEYWORD_ONLY
+    options = [
+        inspect.Parameter(name, kind, default=DEFAULTS[name], annotation=hint.__origin__)
+        for name, hint in HINTS.items()
+    ]
+    return known.replace(parameters=[*list(known.parameters.values())[:-1], *options])
+
+
+train_steps.__signature__ = _with_options(train_steps)  # type: ignore[attr-defined]
 
 
 def make_train_step(

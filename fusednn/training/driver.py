@@ -9,25 +9,23 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import dispatch
+from .engines.looped import step_of
+from .engines.native import Native
 from .interrupts import Interrupts
 from .job import Job, check_data, check_training
-from .looped import Looped, step_of
-from .native import Native
 from .optimizers import zero_grad
 from .orders import All
-from .plan import Choice, against_change, choose
-
-OnChunk = Callable[[int, Tensor], object]
+from .plan import Choice, choose, refusal_to_go_on
 
 
-def run(job: Job, on_chunk: OnChunk | None, chunk_steps: int | None) -> tuple[Tensor, Tensor]:
-    """The losses and accuracies of the steps of `job`, which are made; on_chunk is told of them."""
+def run(job: Job) -> tuple[Tensor, Tensor]:
+    """The losses and accuracies of the steps of `job`, which are made; its on_chunk is told of them."""
     choice = choose(job)
     if dispatch.watched():
-        dispatch.note(dispatch.Decision("train_steps", choice.engine, choice.reason))
+        dispatch.note(dispatch.Decision("train_steps", choice.engine.name, choice.reason))
     engine = start(choice)
     try:
-        _advance(engine, job, choice, on_chunk, chunk_steps)
+        _advance(engine, job, choice)
     finally:
         if engine.done > job.start_step:
             zero_grad(job.optimizer)
@@ -39,21 +37,9 @@ def run(job: Job, on_chunk: OnChunk | None, chunk_steps: int | None) -> tuple[Te
 
 def start(choice: Choice) -> Any:
     """The engine, with what it is given."""
-    job = choice.job
-    if choice.engine == "native":
-        assert choice.net is not None
-        engine: Any = Native(job, choice.net)
-    elif choice.net is not None:
-        from .resident import Resident  # imports Triton, as does captured
-
-        engine = Resident(job, choice.net)
-    elif choice.captured is not None:
-        from .captured import Captured
-
-        return Captured(job, choice.captured)
-    else:
-        return Looped(job)
-    engine.optimizer.facts = choice.facts[1]
+    engine: Any = choice.engine(choice.job, choice.net)
+    if choice.net is not None:
+        engine.optimizer.facts = choice.facts[1]
     return engine
 
 
@@ -64,9 +50,9 @@ def _joined(pieces: list[Tensor]) -> Tensor:
     return torch.cat(pieces) if pieces[0].dim() else torch.stack(pieces)
 
 
-def _advance(engine: Any, job: Job, choice: Choice, on_chunk: OnChunk | None, chunk_steps: int | None) -> None:
-    """Let `engine` make the steps of `job`, and tell `on_chunk` of them, also of those before an error."""
-    steps = job.steps
+def _advance(engine: Any, job: Job, choice: Choice) -> None:
+    """Let `engine` make the steps of `job`, and tell its on_chunk of them, also of those before an error."""
+    steps, on_chunk, chunk_steps = job.steps, job.on_chunk, job.chunk_steps
     told = 0  # how many of the engine's pieces of losses on_chunk has seen
 
     def tell() -> bool:
@@ -105,8 +91,8 @@ def _still(job: Job, choice: Choice, engine: Any) -> Choice:
         engine.trusts = True
         return choice
     now = choose(job)
-    if (reason := against_change(now, choice)) is not None:
-        raise RuntimeError(f"on_chunk changed what is trained, {reason}: call train_steps for the steps left")
+    if (refusal := refusal_to_go_on(now, choice)) is not None:
+        raise RuntimeError(f"on_chunk changed what is trained, {refusal}: call train_steps for the steps left")
     if now.net is not None:
         engine.optimizer.facts = now.facts[1]
     return now
@@ -147,10 +133,9 @@ class TrainStep:
                 self._kernels.trusts = True
             else:
                 self._choice, choice = None, choose(job)
-                job = choice.job  # its inputs may be a view of these
             if dispatch.watched():
-                dispatch.note(dispatch.Decision("train_step", choice.engine, choice.reason))
-            self.engine = choice.engine
+                dispatch.note(dispatch.Decision("train_step", choice.engine.name, choice.reason))
+            self.engine = choice.engine.name
             if choice.net is None:
                 self._kernels = self._kind = None
                 self._unread = self._wait = min(2 * self._unread + 1, MOST_UNREAD)
@@ -179,17 +164,17 @@ class TrainStep:
 
     def _launch(self, choice: Choice, job: Job) -> tuple[Tensor, Tensor | None]:
         assert choice.net is not None
-        engine, w = self._kernels, choice.net.w1
-        kind = choice.engine, w.dtype, w.device
-        if kind != self._kind or not all(map(operator.is_, engine.net, choice.net)):
+        engine, net = self._kernels, choice.net
+        kind = choice.engine, net.first.dtype, net.first.device, net.activations
+        if kind != self._kind or not all(map(operator.is_, engine.net.places, net.places)):
             self._kind, self._kernels = kind, (engine := start(choice))  # which looks at the labels
         else:
             engine.optimizer.facts = choice.facts[1]
-            if choice.engine != "native" or not engine.optimizer.has_kept():  # else the C++ code looks at them
+            if choice.engine is not Native or not engine.optimizer.has_kept():  # else the C++ code looks at them
                 engine.check_labels(job)
         engine.begin(job, self._rows.of(job.inputs))
         try:
-            if choice.engine == "native" and engine.optimizer.has_kept():
+            if choice.engine is Native and engine.optimizer.has_kept():
                 engine.advance(1, None)  # the C++ code makes a step and counts it: nothing can come between
             else:
                 with Interrupts() as interrupts:

@@ -2,13 +2,14 @@
 
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict, get_type_hints
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import dispatch, internals, reference
+from ..modules import CrossEntropyLoss
 
 
 class Job(NamedTuple):
@@ -29,6 +30,30 @@ class Job(NamedTuple):
     generator: torch.Generator | None = None
     order: str = "torch"
     seed: int | None = None
+    on_chunk: Callable[[int, Tensor], object] | None = None
+    chunk_steps: int | None = None
+
+
+class Options(TypedDict, total=False):
+    """The keywords of train_steps that do not change the type of what it returns; beside each its default."""
+
+    batch_size: Annotated[int, 32]
+    epochs: Annotated[int | None, None]
+    steps: Annotated[int | None, None]
+    shuffle: Annotated[bool, True]
+    drop_last: Annotated[bool, False]
+    generator: Annotated[torch.Generator | None, None]
+    order: Annotated[str, "torch"]
+    seed: Annotated[int | None, None]
+    criterion: Annotated[Callable[[Tensor, Tensor], Tensor] | None, None]
+    lr_schedule: Annotated[Any, None]
+    start_step: Annotated[int, 0]
+    on_chunk: Annotated[Callable[[int, Tensor], object] | None, None]
+    chunk_steps: Annotated[int | None, None]
+
+
+HINTS = get_type_hints(Options, include_extras=True)
+DEFAULTS: Any = {name: hint.__metadata__[0] for name, hint in HINTS.items()}
 
 
 def check(
@@ -36,45 +61,44 @@ def check(
     optimizer: Optimizer,
     inputs: Tensor,
     targets: Tensor,
-    *,
-    batch_size: int,
-    epochs: int | None,
-    steps: int | None,
-    drop_last: bool,
-    shuffle: bool,
-    generator: torch.Generator | None,
-    order: str,
-    seed: int | None,
-    criterion: Any,
-    lr_schedule: Any,
     return_accuracy: bool,
-    start_step: int = 0,
+    options: Options,
 ) -> Job:
     """The job, or the error for arguments that make no sense."""
-    check_training(model, optimizer, criterion, lr_schedule, return_accuracy)
+    given: Options = DEFAULTS | options
+    epochs, steps, generator = given["epochs"], given["steps"], given["generator"]
+    order, seed, on_chunk = given["order"], given["seed"], given["on_chunk"]
+    criterion = _CROSS_ENTROPY if given["criterion"] is None else given["criterion"]
+    check_training(model, optimizer, criterion, given["lr_schedule"], return_accuracy)
     check_data(inputs, targets)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator needs a torch.Generator, not {type(generator).__name__}")
     if (epochs is None) == (steps is None):
         raise ValueError(f"exactly one of epochs and steps is needed, not epochs={epochs} and steps={steps}")
-    batch_size, n = whole("batch_size", batch_size, 1), inputs.shape[0]
-    rows = n // batch_size * batch_size if drop_last else n
-    batches = reference.batches_of(rows, batch_size) if rows or not drop_last else 0
+    batch_size, n = whole("batch_size", given["batch_size"], 1), inputs.shape[0]
+    rows = n // batch_size * batch_size if given["drop_last"] else n
+    batches = reference.batches_of(rows, batch_size) if rows or not given["drop_last"] else 0
     total = whole("epochs", epochs, 0) * batches if steps is None else whole("steps", steps, 0)
     if total and not batches:
         raise ValueError(f"{n} rows make no batch of {batch_size}, and drop_last leaves out the ragged one")
-    if (start_step := whole("start_step", start_step, 0)) > total:
+    if (start_step := whole("start_step", given["start_step"], 0)) > total:
         raise ValueError(f"start_step={start_step} is past the end of {total} steps")
     if order not in ("torch", "philox"):
         raise ValueError(f"order needs to be 'torch' or 'philox', not {order!r}")
-    if order == "philox" and shuffle and (seed is None or not (seed := whole("seed", seed, 0)) < 2**64):
+    if order == "philox" and given["shuffle"] and (seed is None or not (seed := whole("seed", seed, 0)) < 2**64):
         raise ValueError(f"order='philox' needs a seed from 0 to 2^64 - 1, not {seed}")
     if order == "torch" and seed is not None:
         raise ValueError("a seed is for order='philox'; for order='torch' give a generator")
+    chunk_steps = None if given["chunk_steps"] is None else whole("chunk_steps", given["chunk_steps"], 1)
+    if on_chunk is not None and not callable(on_chunk):
+        raise TypeError(f"on_chunk needs a function, not {type(on_chunk).__name__}")
     return Job(
-        model, optimizer, criterion, lr_schedule, return_accuracy, inputs, targets, batch_size, total, rows, start_step,
-        shuffle, generator, order, seed,
+        model, optimizer, criterion, given["lr_schedule"], return_accuracy, inputs, targets, batch_size, total, rows,
+        start_step, given["shuffle"], generator, order, seed, on_chunk, chunk_steps,
     )  # fmt: skip
+
+
+_CROSS_ENTROPY = CrossEntropyLoss()
 
 
 def check_training(
@@ -104,8 +128,8 @@ def check_data(inputs: Tensor, targets: Tensor) -> None:
         if not tensor.dim():
             raise ValueError(f"{name} need a row for each example, not a 0-d tensor")
         dense = type(tensor) is Tensor and tensor.layout is torch.strided
-        if dense and not transformed and (reason := dispatch.without_memory(tensor)) is not None:
-            raise RuntimeError(f"{name}: {reason}")
+        if dense and not transformed and (refusal := dispatch.without_memory(tensor)) is not None:
+            raise RuntimeError(f"{name}: {refusal}")
     if inputs.shape[0] != targets.shape[0]:
         raise ValueError(f"inputs have {len(inputs)} rows and targets {len(targets)}")
 

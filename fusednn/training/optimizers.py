@@ -1,15 +1,7 @@
-"""Optimizers whose steps a training kernel makes: what it needs of them for so many steps, and where it leaves them.
+"""Reads an optimizer: whether the kernels make its steps, or why not."""
 
-`torch.optim` keeps its options in `param_groups` and its state in `state`; both are read and written here and nowhere
-else, so that training goes on in plain PyTorch at any point.
-"""
-
-import math
-from array import array
-from collections.abc import Callable, Sequence
-from itertools import chain
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,37 +10,6 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from ..reading import GONE, Facts
-
-STEP_SIZE, DECAY, SHRINK, SIGN = range(4)
-MOMENTUM, UNDAMPED = 4, 5  # of SGD
-ROOT, EPS, GRAD_PART, SQUARE_KEPT, SQUARE_PART = range(4, 9)  # of Adam
-ROW = 9
-"""The places in a row of the table of a step: what kernels/adam.py reads, and says the formulas of."""
-
-
-class Rule(NamedTuple):
-    """Which code a kernel runs: "adam", "sgd", "momentum" or "nesterov", and what of a row it uses."""
-
-    rule: str
-    coupled: bool
-    decoupled: bool
-    maximize: bool
-
-
-class Steps(NamedTuple):
-    """What a kernel needs of an optimizer for some steps.
-
-    `table` [steps, parameters, ROW], in the parameters' dtype and on their device, has the numbers that do not depend
-    on gradients; `firsts` and `seconds` are the state of each parameter, and `counts` that of its steps, [], None where
-    there is none. Of one step the table may be an array.array, to who asks for it.
-    """
-
-    rule: Rule
-    steps: int
-    table: Any
-    firsts: tuple[Tensor | None, ...]
-    seconds: tuple[Tensor | None, ...]
-    counts: tuple[Tensor | None, ...]
 
 
 def refusal(optimizer: Optimizer, parameters: list[Tensor], schedule: Any, facts: Facts) -> str | None:
@@ -85,8 +46,8 @@ def refusal(optimizer: Optimizer, parameters: list[Tensor], schedule: Any, facts
     facts.length(optimizer, "param_groups")
     for group in groups:
         options = {name: facts.item(group, None, name) for name in group if name not in _LR}
-        if (reason := _against_options(options, is_sgd, on_cpu, facts)) is not None:
-            return reason
+        if (refusal := _options_refusal(options, is_sgd, on_cpu, facts)) is not None:
+            return refusal
     if is_sgd and len({(group["momentum"] != 0, group["nesterov"]) for group in groups}) > 1:
         return "groups with and without momentum, or Nesterov's"
     if not is_sgd and len({group["decoupled_weight_decay"] for group in groups}) > 1:
@@ -94,8 +55,8 @@ def refusal(optimizer: Optimizer, parameters: list[Tensor], schedule: Any, facts
     facts.attribute(optimizer, "state", held=True)
     for parameter in parameters:
         state = facts.item(optimizer, "state", parameter, held=True)
-        if state is not GONE and (reason := _against_state(state, parameter, is_sgd, facts)) is not None:
-            return reason
+        if state is not GONE and (refusal := _state_refusal(state, parameter, is_sgd, facts)) is not None:
+            return refusal
     return None
 
 
@@ -121,18 +82,18 @@ def refusal_now(optimizer: Optimizer, parameters: list[Tensor]) -> str | None:
     if held != (own := [*map(id, parameters)]) and sorted(held) != sorted(own):
         return "the optimizer's parameters are not exactly the model's"
     for group in optimizer.param_groups:
-        if type(lr := group["lr"]) is not float and (reason := _against_lr(lr)) is not None:
-            return reason
+        if type(lr := group["lr"]) is not float and (refusal := _lr_refusal(lr)) is not None:
+            return refusal
     return None
 
 
-def _against_lr(lr: Any) -> str | None:
+def _lr_refusal(lr: Any) -> str | None:
     if isinstance(lr, Tensor):
         return "the option lr is a tensor of several numbers" if lr.numel() != 1 or lr.is_complex() else None
-    return _against_number(lr)
+    return _number_refusal(lr)
 
 
-def _against_number(number: Any) -> str | None:
+def _number_refusal(number: Any) -> str | None:
     """torch.optim works with others in its own way, or raises an error."""
     if isinstance(number, float) or (type(number) is int and abs(number) < 2**53):
         return None
@@ -141,7 +102,7 @@ def _against_number(number: Any) -> str | None:
     return f"an option is {number!r}, a {type(number).__name__}, and no plain number"
 
 
-def _against_options(group: dict[str, Any], is_sgd: bool, on_cpu: bool, facts: Facts) -> str | None:
+def _options_refusal(group: dict[str, Any], is_sgd: bool, on_cpu: bool, facts: Facts) -> str | None:
     """Why the options of a group are the loop's, which works with them as torch.optim does, or raises its error."""
     for option in ("amsgrad", "differentiable"):
         if group.get(option):
@@ -162,12 +123,12 @@ def _against_options(group: dict[str, Any], is_sgd: bool, on_cpu: bool, facts: F
         betas = tuple([float(beta) if isinstance(beta, Tensor) else beta for beta in betas])
         numbers += betas
     for number in numbers:
-        if (reason := _against_number(number)) is not None:
-            return reason
+        if (refusal := _number_refusal(number)) is not None:
+            return refusal
     return None if is_sgd or all(0 <= beta < 1 for beta in betas) else f"the option betas is {betas!r}"
 
 
-def _against_state(state: dict[str, Any], parameter: Tensor, is_sgd: bool, facts: Facts) -> str | None:
+def _state_refusal(state: dict[str, Any], parameter: Tensor, is_sgd: bool, facts: Facts) -> str | None:
     """Why the state of a parameter is not as torch.optim leaves it, for a kernel to go on with."""
     if not state:
         facts.never()
@@ -250,231 +211,3 @@ def _may_cycle_momentum(schedule: Any) -> bool:
         return True
     inner = getattr(schedule, "_schedulers", ())
     return bool(getattr(schedule, "cycle_momentum", False)) or any(map(_may_cycle_momentum, inner))
-
-
-class KernelOptimizer:
-    """`optimizer`, which :func:`refusal` does not refuse, and the LR scheduler that is stepped after each step."""
-
-    def __init__(self, optimizer: Optimizer, parameters: Sequence[Tensor | None], schedule: Any) -> None:
-        """`parameters` are the optimizer's in the order of the table, None where a place is empty."""
-        self.optimizer, self.parameters, self.schedule = optimizer, parameters, schedule
-        self.model = next(parameter for parameter in parameters if parameter is not None)
-        self._dtype = self.model.dtype
-        self._typecode = "f" if self._dtype == torch.float32 else "d"
-        self.is_adam = not isinstance(optimizer, SGD)
-        self.error: Exception | None = None
-        """What the schedule raised behind the last step that was taken: to be raised again when that step is made."""
-        self.facts: Facts | None = None
-        """Those that hold now, if somebody knows: what was taken under them is looked up no more."""
-        self.gives_arrays = False
-        self._kept: tuple[Facts, dict[str, Any], Steps] | None = None
-
-    def has_kept(self) -> bool:
-        """Whether one more step needs nothing but its row of the table: no state is made, no schedule stepped."""
-        return self._kept is not None and self._kept[0] is self.facts
-
-    def take(self, steps: int) -> Steps:
-        """What the next `steps` steps need. The schedule is behind them; when they are launched, `count` them.
-
-        They are fewer where the schedule raises an error, which `error` keeps. Nothing waits for a device: a learning
-        rate or a step count that lies there is worked with there.
-        """
-        if steps == 1 and self._kept is not None and self._kept[0] is self.facts:
-            _, group, before = self._kept
-            ages = [float(count) for count in before.counts if count is not None] or [0.0]
-            if ages.count(ages[0]) == len(ages):
-                row = self._columns(ages[0], [group], 1, False)
-                if _PLAIN.issuperset(map(type, row)):
-                    return Steps(before.rule, 1, self._packed(row * len(self.parameters)), *before[3:])
-        groups = [group for group in self.optimizer.param_groups if group["params"]]
-        # in torch.optim's order, in which state_dict too lists the states
-        found = {
-            id(held): (g, self._make_state(held, group)) for g, group in enumerate(groups) for held in group["params"]
-        }
-        history = self._advance_schedule(groups, steps)
-        steps = steps if self.schedule is None else len(history)
-        states = [{} if parameter is None else self.optimizer.state.get(parameter, {}) for parameter in self.parameters]
-        made: dict[Any, list[Any]] = {}
-        columns = []
-        for parameter, state in zip(self.parameters, states, strict=True):
-            if parameter is None:
-                columns.append([0.0] * ROW)
-                continue
-            g, fresh = found[id(parameter)]
-            count = state.get("step", 0.0)
-            count = float(count) if not isinstance(count, Tensor) or count.is_cpu else count
-            key = g, fresh, count if isinstance(count, float) else id(count)
-            if key not in made:  # the same for all parameters of a group that are as old
-                made[key] = self._columns(count, [options[g] for options in history], steps, fresh)
-            columns.append(made[key])
-        first, second = ("exp_avg", "exp_avg_sq") if self.is_adam else ("momentum_buffer", "momentum_buffer")
-        taken = Steps(
-            self._rule(history),
-            steps,
-            self._table(columns, steps),
-            tuple([state.get(first) for state in states]),
-            tuple([state.get(second) for state in states]),
-            tuple([state.get("step") for state in states]),
-        )
-        self._kept = None
-        if self.facts is not None and self.schedule is None and len(groups) == 1:
-            on_cpu = all(count is None or count.is_cpu for count in taken.counts)
-            if on_cpu and not any(fresh for _, fresh in found.values()):
-                self._kept = self.facts, groups[0], taken
-        return taken
-
-    def _make_state(self, parameter: Tensor, group: dict[str, Any]) -> bool:
-        """Make the state of `parameter` as torch.optim does, unless it is there; whether it was not."""
-        if not self.is_adam and group["momentum"] == 0:
-            return False
-        state: dict[str, Any] = self.optimizer.state[parameter]
-        fresh = not state if self.is_adam else state.get("momentum_buffer") is None
-        if fresh and self.is_adam:
-            on_device = group["capturable"] or group["fused"]
-            double = torch.get_default_dtype() == torch.float64 and not group["fused"]
-            dtype = torch.float64 if double else torch.float32
-            count = torch.zeros((), dtype=dtype, device=parameter.device if on_device else "cpu")
-            moments = [torch.zeros_like(parameter) for _ in range(2)]
-            state.update(step=count, exp_avg=moments[0], exp_avg_sq=moments[1])  # at once, whatever signal comes
-        elif fresh:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        return fresh
-
-    def _advance_schedule(self, groups: list[dict[str, Any]], steps: int) -> list[list[dict[str, Any]]]:
-        """The options of each group at each step, or once where no schedule changes them."""
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # else a scheduler warns that no step was made
-        if self.schedule is None:
-            return [groups]
-        history = []
-        for _ in range(steps):
-            history.append([{**group, "lr": _copied(group["lr"])} for group in groups])
-            try:
-                self.schedule.step()
-            except Exception as error:  # OneCycleLR's, say, when it is at its end
-                self.error = error
-                break
-        return history
-
-    def count(self, steps: int) -> None:
-        """Count so many steps in the optimizer's state: they are launched."""
-        for parameter in self.parameters:
-            state = {} if parameter is None else self.optimizer.state.get(parameter, {})
-            if "step" in state:
-                state["step"] += steps
-
-    def finish(self) -> None:
-        """Raise what the schedule raised, now that the steps before it are made."""
-        error, self.error = self.error, None
-        if error is not None:
-            raise error
-
-    def _columns(self, count: float | Tensor, options: list[dict[str, Any]], steps: int, fresh: bool) -> list[Any]:
-        """The rows of the table of a parameter that made `count` steps before: ROW columns, numbers or [steps] each.
-
-        A power is C's, as in torch.optim, and all else is rounded as IEEE 754 has it: no bit depends on how many steps
-        there are. PyTorch's vectors have powers of their own.
-        """
-        group = options[0]
-        if len(options) == 1 and type(group["lr"]) is float:
-            values: Callable[[str], Any] = group.__getitem__
-        else:
-            values = lambda name: _series([group[name] for group in options])  # noqa: E731
-        lr, decay = values("lr"), values("weight_decay")
-        sign = -1.0 if group["maximize"] else 1.0
-        if not self.is_adam:
-            undamped = 1 - values("dampening")
-            if fresh:  # the buffer begins as the first gradient, whatever the dampening
-                undamped = _series([1.0, *[1 - group["dampening"] for group in (options * steps)[1:steps]]])
-            return [lr, decay, 1 - lr * decay, sign, values("momentum"), undamped, 0.0, 0.0, 0.0]
-        beta1, beta2 = group["betas"]
-        if len(options) > 1 or isinstance(beta1, Tensor) or isinstance(beta2, Tensor):
-            beta1, beta2 = (_series([group["betas"][i] for group in options]) for i in (0, 1))
-        place = next((v.device for v in (count, lr) if isinstance(v, Tensor) and not v.is_cpu), None)
-        if isinstance(count, Tensor):
-            t = count.double() + torch.arange(1, steps + 1, device=place)
-            power1, power2 = _at(beta1, place) ** t, _at(beta2, place) ** t
-        elif steps == 1:
-            power1, power2 = beta1 ** (count + 1), beta2 ** (count + 1)
-        else:
-            ages = [count + step for step in range(1, steps + 1)]
-            bases = [[float(group["betas"][i]) for group in options] for i in (0, 1)]
-            power1, power2 = (_at(_series(_powers(some, ages)), place) for some in bases)
-        unbiased = 1 - power1
-        if isinstance(unbiased, Tensor) and isinstance(lr, float):
-            lr = torch.tensor(lr, dtype=torch.float64, device="cpu")  # or it becomes a product with the reciprocal
-        root, eps = _one_over_root(1 - power2), values("eps")
-        return [lr / unbiased, decay, 1 - lr * decay, sign, root, eps, 1 - beta1, beta2, 1 - beta2]
-
-    def _table(self, columns: list[list[Any]], steps: int) -> Any:
-        """The numbers of each parameter as a table, [steps, parameters, ROW], in its dtype and on its device."""
-        if steps == 1 and all(_PLAIN.issuperset(map(type, row)) for row in columns):
-            return self._packed(list(chain.from_iterable(columns)))
-        values = (value for row in columns for value in row if isinstance(value, Tensor))
-        found = next((value.device for value in values if not value.is_cpu), torch.device("cpu"))
-        made: dict[int, Tensor] = {}
-        for row in columns:
-            if id(row) not in made:
-                made[id(row)] = part = torch.zeros(steps, ROW, dtype=torch.float64, device=found)
-                for place, value in enumerate(row):
-                    part[:, place] = _at(value, found)
-        model = self.model
-        return _sent(torch.stack([made[id(row)] for row in columns], dim=1).to(model.dtype), model.device)
-
-    def _packed(self, numbers: list[float]) -> Any:
-        """The table of one step."""
-        values = array(self._typecode, numbers)
-        if self.gives_arrays:
-            return values
-        table = torch.frombuffer(values, dtype=self._dtype).view(1, -1, ROW)
-        return table if self.model.is_cpu else _sent(table, self.model.device)
-
-    def _rule(self, history: list[list[dict[str, Any]]]) -> Rule:
-        groups = [group for options in history for group in options]
-        decays = any(group["weight_decay"] != 0 for group in groups)
-        decoupled = self.is_adam and groups[0]["decoupled_weight_decay"]
-        name = "adam" if self.is_adam else "sgd" if groups[0]["momentum"] == 0 else "momentum"
-        if name == "momentum" and groups[0]["nesterov"]:
-            name = "nesterov"
-        return Rule(name, decays and not decoupled, decays and decoupled, any(group["maximize"] for group in groups))
-
-
-_PLAIN = {float, int, bool}
-
-
-def _powers(bases: list[float], exponents: list[float]) -> list[float]:
-    """Each of `bases`, or the one that there is, to the power of its exponent."""
-    if len(bases) > 1:
-        return [base**t for base, t in zip(bases, exponents, strict=True)]
-    base = bases[0]
-    return [base**t for t in exponents]
-
-
-def _series(values: Sequence[Any]) -> Any:
-    """Numbers, which may lie on a device, as a tensor, [n] float64; of one number a float, where it can be one."""
-    if isinstance(values[0], Tensor):
-        if all(value.is_cpu for value in values):
-            return _series([float(value) for value in values])
-        return torch.stack([value.double().reshape(()) for value in values])
-    return float(values[0]) if len(values) == 1 else torch.frombuffer(array("d", values), dtype=torch.float64)
-
-
-def _at(value: Any, device: torch.device | None) -> Any:
-    """A number as it is, a tensor on `device`, if one is given."""
-    return _sent(value, device) if device is not None and isinstance(value, Tensor) else value
-
-
-def _one_over_root(value: Any) -> Any:
-    """1 / sqrt(value), of one number and of many with the same bits: Tensor.sqrt is MKL's, which errs in the last."""
-    return value.rsqrt() if isinstance(value, Tensor) else 1 / math.sqrt(value)
-
-
-def _sent(values: Tensor, device: torch.device) -> Tensor:
-    """`values` on `device`, without waiting for it, as a copy from memory that is not pinned would."""
-    if values.is_cpu and device.type == "cuda":
-        values = values.pin_memory()
-    return values.to(device, non_blocking=True)
-
-
-def _copied(value: Any) -> Any:
-    """`value`, or a copy where it is a tensor, which a scheduler fills anew."""
-    return value.detach().clone() if isinstance(value, Tensor) else value

@@ -10,18 +10,25 @@ batches, run the same operations one by one, and come to the same bits.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .. import reference
-from ..kernels.adam import optimizer_step
-from .interrupts import Interrupts
-from .job import Job
-from .optimizers import ROW, KernelOptimizer, Steps
-from .orders import Rows
-from .pacing import Pace
+from ... import dispatch, reference
+from ...kernels.step import ROW
+from ...kernels.updates import optimizer_step
+from ...reading import Facts
+from .. import criteria, optimizers
+from ..interrupts import Interrupts
+from ..job import Job
+from ..net import Net, read_pure
+from ..orders import Rows
+from ..pacing import Pace
+from ..tables import KernelOptimizer, Taken
+
+LEAST_STEPS = 50
+"""Fewer steps are not worth the capture of a CUDA graph. Unmeasured."""
 
 UNCAPTURED = 3
 """Steps before the capture, in which kernels are compiled and libraries make their workspaces."""
@@ -33,9 +40,43 @@ MOST_STEPS = 1000
 class Captured:
     """Runs a job in chunks of replays; `losses` and `accuracies` have those of its `done` steps."""
 
-    def __init__(self, job: Job, parameters: list[Tensor]) -> None:
+    name: ClassVar[str] = "captured"
+
+    @staticmethod
+    def refusal(job: Job, net: Net | str) -> str | None:
+        """Why a step of `job` is no CUDA graph, or None; the net does not matter."""
+        x = job.inputs
+        if not x.is_cuda or torch.version.hip:
+            return "CUDA graphs are NVIDIA's"
+        if dispatch.checks_labels():
+            return "labels are looked at"
+        if 0 < job.steps < LEAST_STEPS:  # also those before start_step: a run that goes on has the same engine
+            return f"fewer than {LEAST_STEPS} steps"
+        if not job.epoch_rows:
+            return "there are no rows"
+        parameters = read_pure(job.model)
+        if isinstance(parameters, str):
+            return parameters
+        if not parameters or parameters[0].dtype != x.dtype or parameters[0].device != x.device:
+            return "the parameters have another dtype or device than the inputs"
+        return (
+            criteria.refusal(job.criterion, None, x, Facts())
+            or optimizers.refusal(job.optimizer, parameters, job.lr_schedule, Facts())
+            or optimizers.refusal_now(job.optimizer, parameters)
+        )
+
+    @staticmethod
+    def parameters(job: Job, net: Net | str) -> list[Tensor] | None:
+        """All of the model's."""
+        found = read_pure(job.model)
+        assert not isinstance(found, str)
+        return found
+
+    def __init__(self, job: Job, net: Net | None) -> None:
         inputs, self.batch = job.inputs, min(job.batch_size, job.epoch_rows)
-        self.job, self.parameters, self.rows, self.done = job, parameters, Rows(job), job.start_step
+        parameters = self.parameters(job, "")
+        assert parameters is not None
+        self.job, self.trained, self.rows, self.done = job, parameters, Rows(job), job.start_step
         self.optimizer = KernelOptimizer(job.optimizer, parameters, job.lr_schedule)
         self.losses: list[Tensor] = []
         self.accuracies: list[Tensor] = []
@@ -49,9 +90,9 @@ class Captured:
         self.table = inputs.new_zeros(MOST_STEPS, len(parameters), ROW)
         self.traces = inputs.new_zeros(2, MOST_STEPS)
         self.stream = torch.cuda.Stream(inputs.device) if inputs.is_cuda else None
-        self.taken: Steps | None = None
+        self.taken: Taken | None = None
         self.replay: Callable[[], None] | None = None
-        self.captured: Steps | None = None  # what the optimizer was when the step was captured
+        self.captured: Taken | None = None  # what the optimizer was when the step was captured
 
     def advance(self, most: int, interrupts: Interrupts) -> None:
         """Make at least one and at most `most` steps: full batches, or a ragged one."""
@@ -101,7 +142,7 @@ class Captured:
         self.losses.append(losses)
         if self.job.return_accuracy:
             self.accuracies.append(accuracies)
-        torch.autograd.graph.increment_version(self.parameters)
+        torch.autograd.graph.increment_version(self.trained)
         self.optimizer.count(steps)
         self.done += steps
 
@@ -116,7 +157,7 @@ class Captured:
     def _constants(self) -> tuple[Any, ...]:
         """What else the graph has: the numbers of the criterion, where the parameters and its weights lie."""
         criterion = self.job.criterion
-        tensors = (*self.parameters, *(() if criterion.weight is None else (criterion.weight,)))
+        tensors = (*self.trained, *(() if criterion.weight is None else (criterion.weight,)))
         numbers = criterion.reduction, criterion.label_smoothing, criterion.ignore_index
         return *numbers, *(tensor.data_ptr() for tensor in tensors)
 
@@ -133,7 +174,7 @@ class Captured:
         outputs = torch.func.functional_call(self.model, leaves, (job.inputs[rows],))
         loss = job.criterion(outputs, reference.as_long(targets))
         gradients = torch.autograd.grad(loss, list(leaves.values()))
-        for index, (w, g) in enumerate(zip(self.parameters, gradients, strict=True)):
+        for index, (w, g) in enumerate(zip(self.trained, gradients, strict=True)):
             states = taken.firsts[index], taken.seconds[index]
             optimizer_step(w, *states, g.contiguous(), self.table, self.count, index, taken.rule)
         self.traces[0].index_copy_(0, self.count, loss.detach().view(1))

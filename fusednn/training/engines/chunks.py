@@ -1,17 +1,20 @@
 """What the engines that make many steps in one call share: a job in chunks of steps, each handed over whole."""
 
-from typing import Any
+import math
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..ops.cross_entropy import check_range
-from .interrupts import Interrupts
-from .job import Job
-from .nets import Net
-from .optimizers import KernelOptimizer, Steps
-from .orders import Rows
-from .pacing import Pace
+from ...kernels.step import Step
+from ...ops.cross_entropy import check_range
+from ..criteria import loss_of
+from ..interrupts import Interrupts
+from ..job import Job
+from ..net import Net
+from ..orders import Rows
+from ..pacing import Pace
+from ..tables import KernelOptimizer, Taken
 
 MOST_STEPS = 10_000
 """The most steps of a chunk: its order and table take 144 bytes of memory a step and 8 a row."""
@@ -20,15 +23,26 @@ MOST_STEPS = 10_000
 class Chunks:
     """Runs a job in chunks of steps; `losses` and `accuracies` have those of its `done` steps."""
 
-    def __init__(self, job: Job, net: Net, first: int) -> None:
-        """`first` is how many products the first chunk may have, which nobody has timed yet."""
-        self.net, self.parameters = net, net.parameters
+    name: ClassVar[str]
+    first_chunk: int
+    """How many products the first chunk may have, which nobody has timed yet."""
+
+    def __init__(self, job: Job, net: Net | None) -> None:
+        assert net is not None
+        self.net, self.trained = net, net.parameters
+        self.biases = tuple(bias is not None for bias in net.places[1::2])
         self.states: list[Tensor] = []
         self.found: tuple[list[Any], ...] = ()
-        self.optimizer = KernelOptimizer(job.optimizer, net, job.lr_schedule)
+        self.optimizer = KernelOptimizer(job.optimizer, net.places, job.lr_schedule)
         self.check_labels(job)
         self.begin(job)
-        self.pace = Pace(job.inputs, first // products_of(job, net), MOST_STEPS)
+        self.pace = Pace(job.inputs, self.first_chunk // products_of(job, net), MOST_STEPS)
+
+    @staticmethod
+    def parameters(job: Job, net: Net | str) -> list[Tensor] | None:
+        """Those of the net."""
+        assert not isinstance(net, str)
+        return net.parameters
 
     trusts = False
     """Whether somebody has just seen that parameters and state lie where they lay."""
@@ -37,24 +51,27 @@ class Chunks:
         """Whether parameters and state lie where the last steps found them, in the same shape."""
         return bool(self.found) and self.found == self._places()
 
-    def note_memory(self, taken: Steps) -> None:
+    def note_memory(self, taken: Taken) -> None:
         """Note where parameters and state lie."""
         self.states = [state for state in (*taken.firsts, *taken.seconds) if state is not None]
         self.found = self._places()
 
     def _places(self) -> tuple[list[Any], ...]:
-        return places_of(self.parameters, self.states)
+        return places_of(self.trained, self.states)
 
     def begin(self, job: Job, rows: Rows | None = None) -> None:
         """Run `job` from now on, which may have other data, and nothing else that is new."""
-        self.job, self.rows, self.done, self.shape = job, rows or Rows(job), job.start_step, job.inputs.shape
+        inputs = flat(job.inputs)
+        assert inputs is not None
+        self.job, self.rows, self.done = job._replace(inputs=inputs), rows or Rows(job), job.start_step
+        self.shape = inputs.shape
         self.has_checked = True  # the memory of the data, until somebody else has a turn
         self.losses: list[Tensor] = []
         self.accuracies: list[Tensor] = []
 
     def check_labels(self, job: Job) -> None:
         """Raise IndexError for a label out of range, where labels are looked at."""
-        check_range(job.targets, self.net.sizes[2], job.criterion.ignore_index)
+        check_range(job.targets, self.net.sizes[-1], job.criterion.ignore_index)
 
     def advance(self, most: int, interrupts: Interrupts) -> None:
         """Launch at least one and at most `most` steps."""
@@ -71,26 +88,37 @@ class Chunks:
         taken = self.optimizer.take(steps)
         steps = taken.steps
         position, order = self.rows.position, self.rows.take(steps)
+        net, loss = self.net, loss_of(criterion)
+        step = Step(net.sizes, self.biases, net.activations, loss, taken.rule, job.return_accuracy)
         numbers = {
-            "batch_size": job.batch_size,
             "position": position,
             "epoch_rows": job.epoch_rows,
             "ignore_index": criterion.ignore_index,
-            "label_smoothing": criterion.label_smoothing,
+            "label_smoothing": float(criterion.label_smoothing),
         }
-        losses, accuracies = self.train(order, taken, numbers)
+        losses, accuracies = self.train(step, order, taken, numbers)
         self.note_memory(taken)
-        torch.autograd.graph.increment_version(self.parameters)
+        torch.autograd.graph.increment_version(self.trained)
         self.losses.append(losses)
         self.accuracies.append(accuracies)
         self.done += steps
 
-    def train(self, order: Tensor, taken: Steps, numbers: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def train(self, step: Step, order: Tensor, taken: Taken, numbers: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Make the steps of the table in `taken` on the rows of `order`, and count them in the optimizer.
 
         Returns their losses and accuracies, [steps] each.
         """
         raise NotImplementedError
+
+
+def flat(inputs: Tensor) -> Tensor | None:
+    """Inputs as a matrix, which is a view of them; None where it cannot be one."""
+    if inputs.dim() == 2:
+        return inputs
+    try:
+        return inputs.view(len(inputs), math.prod(inputs.shape[1:]))
+    except RuntimeError:
+        return None
 
 
 def places_of(parameters: list[Tensor], states: list[Tensor]) -> tuple[list[Any], ...]:
@@ -106,4 +134,4 @@ def places_of(parameters: list[Tensor], states: list[Tensor]) -> tuple[list[Any]
 
 def products_of(job: Job, net: Net) -> int:
     """How many products of two numbers a step makes: as many in the backward of each weight, and of its input."""
-    return 3 * min(job.batch_size, max(1, job.epoch_rows)) * (net.w1.numel() + net.w2.numel())
+    return 3 * min(job.batch_size, max(1, job.epoch_rows)) * net.weights

@@ -2,14 +2,16 @@
 
 import time
 from itertools import islice
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .. import reference
-from .interrupts import Interrupts
-from .job import Job
-from .orders import Rows
+from ... import reference
+from ..interrupts import Interrupts
+from ..job import Job
+from ..net import Net
+from ..orders import Rows
 
 CHUNK_SECONDS = 0.05
 """After so long the loop comes up for air: to report, where no number of steps was asked for."""
@@ -18,7 +20,19 @@ CHUNK_SECONDS = 0.05
 class Looped:
     """Runs a job step by step; `losses` and `accuracies` have those of its `done` steps."""
 
-    def __init__(self, job: Job) -> None:
+    name: ClassVar[str] = "looped"
+
+    @staticmethod
+    def refusal(job: Job, net: Net | str) -> str | None:
+        """Nothing."""
+        return None
+
+    @staticmethod
+    def parameters(job: Job, net: Net | str) -> list[Tensor] | None:
+        """There are no kernels."""
+        return None
+
+    def __init__(self, job: Job, net: Net | None = None) -> None:
         self.job, self.done, self.batches = job, job.start_step, Rows(job).batches()
         self.losses: list[Tensor] = []
         self.accuracies: list[Tensor] = []

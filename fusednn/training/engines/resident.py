@@ -1,0 +1,68 @@
+"""The engine for small nets: one program on the device makes all steps of a chunk in one launch."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ... import dispatch
+from ...kernels import mlp_training
+from ...kernels.linear import precision_of
+from ...kernels.step import Step
+from ...ops.cross_entropy import check_range
+from ..job import Job
+from ..net import Net
+from ..tables import Taken
+from .captured import Captured
+from .chunks import Chunks
+
+MOST_CLASSES, MOST_ROWS, MOST_WORK = 128, 512, 2**26
+"""What one program serves: outputs, rows of a batch, and products in a forward (batch · weights). Unmeasured."""
+
+MOST_BEFORE_GRAPH = {"tf32": 2**21, "ieee": 2**20}
+"""Products in a forward above which a CUDA graph of many programs is quicker than one program, where one can be made.
+
+On an H100, us a step of one program and of a graph, nn.Linear and nn.CrossEntropyLoss, TF32 and exact: 64-128-10 at
+batch 32 (0.3e6 products) 14 and 67, 28 and 85; at 64 24 and 65, 52 and 89; at 128 (1.2e6) 43 and about 65, 97 and about
+90; at 256 (2.4e6) 77 and about 65; 784-128-10 at 32 (3.3e6) 108 and 64, 229 and 90; at 128 (13e6) 313 and 77, 794 and
+160. "About": with epochs of 14 and 7 steps, of which each was a chunk of its own then, a graph took 119 and 271."""
+
+
+class Resident(Chunks):
+    """Runs a job in launches of kernels/mlp_training.py."""
+
+    name: ClassVar[str] = "resident"
+    first_chunk = 2**30
+    """10 ms at 0.1 TFLOP/s, in which Python readies the next one. Unmeasured."""
+
+    def __init__(self, job: Job, net: Net | None) -> None:
+        if job.inputs.is_cpu:
+            self.first_chunk = 0  # the interpreter
+        super().__init__(job, net)
+
+    @staticmethod
+    def refusal(job: Job, net: Net | str) -> str | None:
+        """Why one program is not for batches of such a net, or None."""
+        if isinstance(net, str):
+            return net
+        rows, x = min(job.batch_size, job.epoch_rows), job.inputs
+        if net.sizes[-1] > MOST_CLASSES or rows > MOST_ROWS or rows * net.weights > MOST_WORK:
+            return f"{net} with batches of {rows} is too large for one program"
+        if not x.is_cuda or x.dtype != torch.float32 or rows * net.weights <= MOST_BEFORE_GRAPH[precision_of(x)]:
+            return None
+        if Captured.refusal(job, net) is not None:
+            return None
+        return f"{x.device}, {x.dtype}, {net}, batch {job.batch_size}: many programs are quicker"
+
+    def train(self, step: Step, order: Tensor, taken: Taken, numbers: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """One launch. Raises IndexError before it where labels are looked at, and one of its rows is out of range."""
+        job, criterion = self.job, self.job.criterion
+        if self.losses and (job.targets.is_cpu or dispatch.checks_labels()):  # on_chunk may have changed them
+            check_range(job.targets[order], self.net.sizes[-1], criterion.ignore_index)
+        states = taken.firsts, taken.seconds
+        traces = mlp_training.train_mlp(
+            step, job.inputs, job.targets, order, criterion.weight, self.net.places, *states, taken.table,
+            batch_size=job.batch_size, **numbers,
+        )  # fmt: skip
+        self.optimizer.count(taken.steps)
+        return traces

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import fusednn
 from fusednn import make_train_step, reference, train_steps
-from fusednn.training import native
+from fusednn.training.engines import native
 
 from .bench_native import BATCH, DIGITS, ROWS, in_turns
 

@@ -23,7 +23,7 @@ from sklearn.neural_network import MLPClassifier
 from torch import Tensor, nn
 
 from fusednn import explain, reference, train_steps
-from fusednn.training import native, plan
+from fusednn.training.engines import native
 
 pytestmark = [
     pytest.mark.filterwarnings("default"),
@@ -128,7 +128,7 @@ def ratio(us: dict[str, list[float]], name: str) -> float:
 
 def native_loop(data: Data, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Any]:
     """The steps of train_steps, by the native engine at any size."""
-    monkeypatch.setattr(plan, "MOST_NATIVE_PRODUCTS", (2**62, 2**62))
+    monkeypatch.setattr(native, "MOST_PRODUCTS", (2**62, 2**62))
     run = data.loop(train_steps)
     assert explain(run, 1)[0].implementation == "native"
     return run

@@ -42,7 +42,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from triton.runtime import interpreter
 
 from fusednn import CrossEntropyLoss, functional, internals, modules, reference, train_steps
-from fusednn.training import optimizers, resident
+from fusednn.kernels.step import ROW
+from fusednn.training.engines import resident
 
 SECTOR = 32
 """Bytes of a sector, the least that an NVIDIA GPU moves between its L2 cache and memory."""
@@ -391,7 +392,7 @@ def training_rows(net: tuple[int, int, int] = (64, 128, 10), batch: int = 32, st
     x, target = torch.randn(steps * batch, net[0]), torch.randint(net[2], (steps * batch,))
     size = sum(parameter.numel() for parameter in reference.SimpleNN(*net).parameters())
     kernels = x.nbytes + target.nbytes + 4 * steps * (2 * size + 1)
-    whole = x.nbytes + 2 * target.nbytes + 4 * steps * (2 * 3 * size + 4 * optimizers.ROW + 1)
+    whole = x.nbytes + 2 * target.nbytes + 4 * steps * (2 * 3 * size + 4 * ROW + 1)
     size_of_loop = (net, batch, steps)
     eager = textbook_loop(reference, nn.CrossEntropyLoss(), *size_of_loop)
     fused = textbook_loop(modules, CrossEntropyLoss(), *size_of_loop)

@@ -18,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusednn import explain, fuse, fusions, reading, reference, train_steps
 from fusednn.reading import Facts
-from fusednn.training.nets import Net, find_net, find_pure
+from fusednn.training.net import Net, read_pure
+
+from .training.runs import find_net
 
 
 class Plain(nn.Module):
@@ -249,7 +251,7 @@ def test_other_threads_go_on() -> None:
     thread.start()
     for _ in range(200):
         find_net(Plain())
-        find_pure(Plain())
+        read_pure(Plain())
         fuse(Plain())
     stop.set()
     thread.join()
@@ -288,6 +290,8 @@ def test_a_function_as_an_attribute() -> None:
     assert isinstance(find_net(model), Net)
     assert all(fusion.relu is None for fusion in fusions(model))
     model.activation = torch.tanh
+    assert find_net(model).activations[0].name == "tanh"
+    model.activation = torch.sin
     assert "self.activation" in find_net(model)
 
 
@@ -333,11 +337,13 @@ def test_a_loop_over_modules_and_a_constant_attribute() -> None:
     model = Looping()
     assert isinstance(find_net(model), Net)
     model.use_dropout = True
-    assert "F.dropout(x)" in find_net(model) or "not Linear" in find_net(model)
+    assert "dropout, and not a chain of Linears" in find_net(model)
     model.use_dropout = False
     assert isinstance(find_net(model), Net)
     model.layers[1] = nn.Tanh()
-    assert "not Linear" in find_net(model)
+    assert find_net(model).activations[0].name == "tanh"
+    model.layers[1] = nn.Tanhshrink()
+    assert "not a chain of Linears" in find_net(model)
 
 
 @pytest.mark.parametrize("dropout", [nn.Dropout(0.5), nn.Dropout(0.0), nn.Identity()])
@@ -353,13 +359,13 @@ def test_what_is_kept_is_read_again_when_something_changed(monkeypatch: pytest.M
     model = Plain()
     assert isinstance(find_net(model), Net)
     weight = model.fc1.weight = nn.Parameter(torch.zeros(8, 6))
-    assert find_net(model)[0] is weight  # type: ignore[comparison-overlap]
+    assert find_net(model).parameters[0] is weight
     handle = model.fc2.register_forward_hook(lambda *a: None)
     assert "hooks" in find_net(model)
     handle.remove()
     assert isinstance(find_net(model), Net)
     model.fc1 = nn.Linear(6, 8, bias=False)
-    assert find_net(model)[1] is None
+    assert find_net(model).places[1] is None
     monkeypatch.setattr(Plain, "forward", Frozen.forward)
     assert "no_grad" in find_net(model)
 
@@ -459,6 +465,9 @@ def test_a_sequential_that_grows_is_read_again(device: str) -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).to(device)
     assert isinstance(find_net(model), Net)
     model.append(nn.Tanh())
-    assert (
-        find_net(model) == "the model is Linear, ReLU, Linear, Tanh and not Linear, ReLU, Linear, one after the other"
+    assert [activation.name for activation in find_net(model).activations] == ["relu", "tanh"]
+    model.append(nn.Softmax(1))
+    words = (
+        "the model is Linear, ReLU, Linear, Tanh, Softmax, and not a chain of Linears with an activation behind each"
     )
+    assert find_net(model) == words

@@ -204,20 +204,24 @@ def activation_of(node: Node, facts: Facts) -> Activation | None:
         name = _MODULES.get(type(node.what), "")
         options = {option: facts.item(node.what, "__dict__", option) for option in _OPTIONS.get(name, {})}
     else:
-        name = node.what.removesuffix("_")
-        positional, named = node.arguments
-        options = _OPTIONS.get(name, {}) | dict(zip(_OPTIONS.get(name, {}), positional, strict=False)) | dict(named)
-        if len(positional) > len(_OPTIONS.get(name, {})):
+        name, (positional, named) = node.what.removesuffix("_"), node.arguments
+        options = dict(_OPTIONS.get(name, {}))
+        in_place = name != node.what
+        if in_place:
+            options.pop("inplace", None)  # F.elu_ has others behind alpha
+        if name not in _OPTIONS or len(positional) > len(options) or not named.keys() <= options.keys():
             return None
-    if name not in _OPTIONS or options.keys() != _OPTIONS[name].keys():
+        options |= dict(zip(options, positional, strict=False)) | dict(named)
+        options.setdefault("inplace", in_place)
+    if name not in _OPTIONS:
         return None
     if name == "gelu":
         return {"none": Activation("gelu"), "tanh": Activation("gelu_tanh")}.get(options["approximate"])
     in_place, numbers = options.pop("inplace", False), tuple(options.values())
     if any(type(number) not in (int, float) or not math.isfinite(number) for number in numbers):
         return None
-    if (in_place is not False or node.what in ("leaky_relu_", "elu_")) and any(number < 0 for number in numbers):
-        return None  # PyTorch has no gradient of that in place
+    if in_place is not False and any(number < 0 for number in numbers):  # of which PyTorch has no gradient
+        return None
     return Activation(name, tuple(map(float, numbers)))
 
 

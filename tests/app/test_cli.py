@@ -20,8 +20,8 @@ from fusednn.app.checkpoint import load_model
 from fusednn.app.cli import main
 from fusednn.app.data import load
 from fusednn.app.loop import evaluate
-from fusednn.training.native import MACHINES, Native
-from fusednn.training.resident import Resident
+from fusednn.training.engines.native import MACHINES, Native
+from fusednn.training.engines.resident import Resident
 
 FILES = ["curves.png", "history.csv", "model.safetensors"]
 # What the console script does; and Ctrl-C works in it even if pytest is a job in the background, which ignores it.

@@ -27,9 +27,10 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 def serve_natively(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the native engine serve CPU tensors, as it does outside of the interpreter, and nets of any size."""
-    from fusednn.training import native, plan  # not before ../conftest.py has set TRITON_INTERPRET
+    from fusednn.training import plan  # not before ../conftest.py has set TRITON_INTERPRET
+    from fusednn.training.engines import native
 
     if not native.MACHINES:
         pytest.skip("the native engine was not built")
     monkeypatch.setattr(plan, "on_plain_cpu", lambda x: x.is_cpu)
-    monkeypatch.setattr(plan, "MOST_NATIVE_PRODUCTS", (2**62, 2**62))
+    monkeypatch.setattr(native, "MOST_PRODUCTS", (2**62, 2**62))

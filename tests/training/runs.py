@@ -5,10 +5,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fusednn
 from fusednn import reference
+from fusednn.training import net as nets
 from fusednn.training import plan
 
 INPUTS, HIDDEN, OUTPUTS, ROWS = 20, 24, 10, 50
@@ -33,6 +35,27 @@ def data(device: str, rows: int = ROWS, inputs: int = INPUTS, outputs: int = OUT
 def one_call(device: str) -> str:
     """The engine that makes many steps in one call, of those that the fixture `device` lets serve."""
     return "native" if plan.on_plain_cpu(torch.empty(0, device=device)) else "resident"
+
+
+def find_net(model: Any, features: tuple[int, ...] | None = None) -> nets.Net | str:
+    """The net that a kernel trains of `model` where its parameters lie now, or why there is none."""
+    found = nets.read(model, features)[0]
+    return found if isinstance(found, str) else nets.memory_refusal(found.parameters) or found
+
+
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "identity": lambda z: z, "relu": F.relu, "leaky_relu": F.leaky_relu, "elu": F.elu, "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"), "silu": F.silu, "tanh": torch.tanh, "sigmoid": torch.sigmoid,
+    "softplus": F.softplus,
+}  # fmt: skip
+
+
+def compute(net: nets.Net, x: Tensor) -> Tensor:
+    """What a net makes of x, in PyTorch."""
+    for w, b, activation in zip(net.places[::2], net.places[1::2], net.activations, strict=True):
+        assert w is not None
+        x = ACTIVATIONS[activation.name](F.linear(x, w, b), *activation.numbers)
+    return x
 
 
 Make = Callable[[Any], torch.optim.Optimizer]

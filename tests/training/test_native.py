@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 import fusednn
 from fusednn import reference, train_steps
 from fusednn.training import plan
-from fusednn.training.native import MACHINES, Native
+from fusednn.training.engines.native import MACHINES, MOST_PRODUCTS, Native
 
 from .conftest import serve_natively
 from .runs import adam, assert_alike, data, net, train
@@ -315,7 +315,7 @@ def test_a_large_net_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch, threads
     monkeypatch.undo()
     monkeypatch.setattr(plan, "on_plain_cpu", lambda x: x.is_cpu)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    most = plan.MOST_NATIVE_PRODUCTS[threads - 1] // (3 * 32 * 20)
+    most = MOST_PRODUCTS[threads - 1] // (3 * 32 * 20)
     for hidden, engine in ((most, "native"), (most + 1, "looped")):
         model = net("cpu", (10, hidden, 10))
         decision = fusednn.explain(train_steps, model, adam(model.parameters()), *data("cpu", 32, 10), steps=1)[0]
@@ -345,7 +345,7 @@ def test_without_a_compiler_the_build_succeeds(tmp_path: Path) -> None:
     environment = os.environ | {"CC": "/bin/false", "CXX": "/bin/false"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert list(tmp_path.glob("**/fusednn/training/native.py"))
+    assert list(tmp_path.glob("**/fusednn/training/engines/native.py"))
     assert not list(tmp_path.glob("**/_native*"))
 
 

@@ -18,10 +18,11 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from fusednn import SimpleNN, reference, strict, train_steps
 from fusednn.kernels import mlp_training
-from fusednn.training import Options, captured, looped, nets, pacing, plan
+from fusednn.training import Options, pacing
+from fusednn.training.engines import captured, looped, resident
 from fusednn.training.job import check
 
-from .runs import adam, data, net, train
+from .runs import adam, data, find_net, net, train
 
 
 @pytest.fixture(params=["resident", "looped"])
@@ -129,7 +130,8 @@ CHANGES: dict[str, Callable[[Any, Any, Any], Any]] = {
     "other parameters": lambda model, optimizer, criterion: swap(model),
     "dtype": lambda model, optimizer, criterion: model.double(),
     "amsgrad": lambda model, optimizer, criterion: optimizer.param_groups[0].update(amsgrad=True),
-    "not Linear, ReLU, Linear": lambda model, optimizer, criterion: setattr(model, "1", nn.GELU()),
+    "other activations": lambda model, optimizer, criterion: setattr(model, "1", nn.GELU()),
+    "not a chain of Linears": lambda model, optimizer, criterion: setattr(model, "1", nn.Hardtanh()),
     "reduction 'none'": lambda model, optimizer, criterion: setattr(criterion, "reduction", "none"),
     "the criterion has hooks": lambda model, optimizer, criterion: criterion.register_forward_hook(lambda *args: None),
 }
@@ -408,16 +410,9 @@ def test_the_captured_loop(monkeypatch: pytest.MonkeyPatch, momentum: float, arg
         if loop:
             traces = reference.train_steps(model, optimizer, x, targets, **given, **arguments)
         else:
-            defaults = {
-                "epochs": None,
-                "steps": None,
-                "shuffle": True,
-                "drop_last": False,
-                "order": "torch",
-                "seed": None,
-            }
-            job = check(model, optimizer, x, targets, **defaults | given | arguments)
-            engine = captured.Captured(job, nets.find_pure(model))
+            options: Any = given | arguments
+            job = check(model, optimizer, x, targets, options.pop("return_accuracy"), options)
+            engine = captured.Captured(job, None)
             while engine.done < job.steps:
                 engine.advance(job.steps - engine.done, None)
             traces = torch.cat(engine.losses), torch.cat(engine.accuracies)
@@ -440,9 +435,8 @@ def test_a_chunk_of_replays_has_several_epochs(monkeypatch: pytest.MonkeyPatch, 
         if loop:
             results.append(reference.train_steps(model, optimizer, x, targets, **given))
             continue
-        rest = {"epochs": None, "drop_last": False, "shuffle": True, "order": "torch", "seed": None}
-        job = check(model, optimizer, x, targets, **given, **rest, lr_schedule=None, return_accuracy=False)
-        engine = captured.Captured(job, nets.find_pure(model))
+        engine = captured.Captured(check(model, optimizer, x, targets, False, given), None)
+        job = engine.job
         while engine.done < job.steps:
             engine.pace.chunk, done = 33, engine.done
             engine.advance(job.steps - done, None)
@@ -457,16 +451,17 @@ def test_a_chunk_of_replays_has_several_epochs(monkeypatch: pytest.MonkeyPatch, 
 ])  # fmt: skip
 def test_large_steps_are_a_graph(monkeypatch: pytest.MonkeyPatch, precision: str, batch_size: int, graph: bool) -> None:
     """Of 64-128-10, on a GPU, from the sizes on at which it was measured to be quicker than one program."""
-    monkeypatch.setattr("fusednn.kernels.linear.precision_of", lambda x: precision)
-    monkeypatch.setattr(plan, "_captured", lambda job: ["its parameters"])
-    inputs = SimpleNamespace(is_cuda=True, dtype=torch.float32)
-    job = SimpleNamespace(inputs=inputs, batch_size=batch_size, epoch_rows=1797)
-    found = nets.find_net(net("cpu", (64, 128, 10)))
-    assert plan._captured_if_quicker(job, found) == (["its parameters"] if graph else None)
+    monkeypatch.setattr(resident, "precision_of", lambda x: precision)
+    monkeypatch.setattr(captured.Captured, "refusal", lambda job, net: None)
+    inputs = SimpleNamespace(is_cuda=True, dtype=torch.float32, device="cuda:0")
+    job: Any = SimpleNamespace(inputs=inputs, batch_size=batch_size, epoch_rows=1797)
+    found = find_net(net("cpu", (64, 128, 10)))
+    refusal = resident.Resident.refusal(job, found)
+    assert (refusal or "").endswith("many programs are quicker") is graph
     job.inputs.dtype = torch.float64
-    assert plan._captured_if_quicker(job, found) is None
-    job.inputs.is_cuda = False
-    assert plan._captured_if_quicker(job, found) is None
+    assert resident.Resident.refusal(job, found) is None
+    job.inputs.is_cuda, job.inputs.dtype = False, torch.float32
+    assert resident.Resident.refusal(job, found) is None
 
 
 @pytest.mark.gpu
@@ -490,12 +485,7 @@ def test_a_graph_is_not_replayed_for_other_states(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(captured, "capture", lambda step, stream: lambda: replays.append(1) or step())
     model, (x, targets) = net("cpu"), data("cpu")
     optimizer = adam(model.parameters())
-    job = check(
-        model, optimizer, x, targets, batch_size=10, epochs=None, steps=20, drop_last=False, shuffle=True,
-        generator=None, order="torch", seed=None, criterion=nn.CrossEntropyLoss(), lr_schedule=None,
-        return_accuracy=False,
-    )  # fmt: skip
-    engine = captured.Captured(job, nets.find_pure(model))
+    engine = captured.Captured(check(model, optimizer, x, targets, False, {"batch_size": 10, "steps": 20}), None)
     while engine.done < 8:
         engine.advance(1, None)
     assert len(replays) == 5
@@ -515,7 +505,7 @@ def test_captured_on_a_gpu() -> None:
         model = nn.Sequential(nn.Linear(20, 24), nn.GELU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 10)).cuda()
         optimizer, generator = adam(model.parameters()), torch.Generator().manual_seed(3)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("fusednn.training.plan.CAPTURED_STEPS", threshold)
+            patch.setattr(captured, "LEAST_STEPS", threshold)
             losses = train_steps(model, optimizer, x, targets, epochs=5, generator=generator)
         results.append([losses, *model.parameters()])
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)

@@ -1,7 +1,11 @@
 """What is found in a model, and why nothing is."""
 
 import copy
+import importlib
 import random
+import sys
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fusednn import Linear, LinearReLU, SimpleNN, fuse, reference
-from fusednn.training.nets import Net, find_net, find_pure
+from fusednn.kernels.step import Activation
+from fusednn.training.net import Net, read_pure
+
+from .runs import compute, find_net
 
 
 class Custom(nn.Module):
@@ -78,10 +85,188 @@ def test_found(name: str) -> None:
     net = find_net(model)
     assert isinstance(net, Net)
     assert net.sizes == (4, 5, 3)
+    assert net.activations == (Activation("relu"), Activation())
     assert {id(parameter) for parameter in net.parameters} == {id(parameter) for parameter in model.parameters()}
     x = torch.randn(6, 4)
-    expected = F.linear(torch.relu(F.linear(x, net.w1, net.b1)), net.w2, net.b2)
-    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(model(x), compute(net, x))
+
+
+class Quickstart(nn.Module):
+    """PyTorch's own first net."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flatten = nn.Flatten()
+        self.linear_relu_stack = nn.Sequential(
+            nn.Linear(2 * 2, 7), nn.ReLU(), nn.Linear(7, 7), nn.ReLU(), nn.Linear(7, 3)
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.flatten(x)
+        return self.linear_relu_stack(x)
+
+
+class Looping(nn.Module):
+    def __init__(self, *activations: Any) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in activations])
+        self.activations = nn.ModuleList(activations)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.head(x)
+
+
+class Spelled(nn.Module):
+    """Activations as functions and methods, and what makes a row of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.fc3 = nn.Linear(4, 5), nn.Linear(5, 6, bias=False), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.view(x.size(0), -1)
+        x = self.fc1(x).tanh()
+        return self.fc3(F.gelu(self.fc2(x), approximate="tanh")).sigmoid_()
+
+
+ACTIVE: dict[str, tuple[Any, list[str]]] = {
+    "one layer": (lambda: nn.Linear(4, 3), ["identity"]),
+    "no activation": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)), ["identity", "identity"]),
+    "the quickstart": (Quickstart, ["relu", "relu", "identity"]),
+    "Sequentials in one": (
+        lambda: nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(4, 5)), nn.Sequential(nn.Tanh(), nn.Linear(5, 3))),
+        ["tanh", "identity"],
+    ),
+    "a ModuleList": (lambda: Looping(nn.Tanh(), nn.Tanh()), ["tanh", "tanh", "identity"]),
+    "functions and methods": (Spelled, ["tanh", "gelu_tanh", "sigmoid"]),
+    "one behind the last": (lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), LinearReLU(5, 3)), ["relu", "relu"]),
+    "eight": (lambda: nn.Sequential(*(nn.Linear(4, 4) for _ in range(8))), ["identity"] * 8),
+    "ReLU twice": (lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.ReLU(), nn.Linear(5, 3)), ["relu", "identity"]),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_found_with(name: str) -> None:
+    model, names = ACTIVE[name][0](), ACTIVE[name][1]
+    net = find_net(model, (2, 2))
+    if isinstance(net, str):
+        net = find_net(model)
+    assert isinstance(net, Net)
+    assert [activation.name for activation in net.activations] == names
+    x = torch.randn(6, 4)
+    torch.testing.assert_close(model(x.clone()), compute(net, x))
+
+
+FORMS: dict[str, tuple[Any, Activation]] = {
+    "nn.ReLU": (nn.ReLU(inplace=True), Activation("relu")),
+    "nn.LeakyReLU": (nn.LeakyReLU(), Activation("leaky_relu", (0.01,))),
+    "nn.LeakyReLU, 0.3": (nn.LeakyReLU(0.3, inplace=True), Activation("leaky_relu", (0.3,))),
+    "nn.LeakyReLU, less than 0": (nn.LeakyReLU(-0.3), Activation("leaky_relu", (-0.3,))),
+    "nn.ELU": (nn.ELU(2), Activation("elu", (2.0,))),
+    "nn.GELU": (nn.GELU(), Activation("gelu")),
+    "nn.GELU, tanh": (nn.GELU("tanh"), Activation("gelu_tanh")),
+    "nn.SiLU": (nn.SiLU(), Activation("silu")),
+    "nn.Tanh": (nn.Tanh(), Activation("tanh")),
+    "nn.Sigmoid": (nn.Sigmoid(), Activation("sigmoid")),
+    "nn.Softplus": (nn.Softplus(), Activation("softplus", (1.0, 20.0))),
+    "nn.Softplus, 2, 5": (nn.Softplus(2, 5), Activation("softplus", (2.0, 5.0))),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_each_module_is_found(name: str) -> None:
+    module, activation = FORMS[name]
+    model = nn.Sequential(nn.Linear(4, 5), module, nn.Linear(5, 3))
+    net = find_net(model)
+    assert isinstance(net, Net)
+    assert net.activations[0] == activation
+    x = 3 * torch.randn(50, 4)
+    torch.testing.assert_close(model(x), compute(net, x))
+
+
+SPELLINGS = {
+    "F.relu(z)": Activation("relu"),
+    "F.relu(z, True)": Activation("relu"),
+    "torch.relu_(z)": Activation("relu"),
+    "F.leaky_relu(z)": Activation("leaky_relu", (0.01,)),
+    "F.leaky_relu(z, 0.2, inplace=True)": Activation("leaky_relu", (0.2,)),
+    "F.leaky_relu(input=z, negative_slope=-0.2)": Activation("leaky_relu", (-0.2,)),
+    "F.leaky_relu_(z, 0.2)": Activation("leaky_relu", (0.2,)),
+    "F.elu(z, alpha=0.5)": Activation("elu", (0.5,)),
+    "F.elu_(z)": Activation("elu", (1.0,)),
+    "F.gelu(z)": Activation("gelu"),
+    "F.gelu(z, approximate='tanh')": Activation("gelu_tanh"),
+    "F.silu(z)": Activation("silu"),
+    "torch.tanh(z)": Activation("tanh"),
+    "F.tanh(z)": Activation("tanh"),
+    "torch.tanh_(z)": Activation("tanh"),
+    "z.tanh()": Activation("tanh"),
+    "torch.sigmoid(z)": Activation("sigmoid"),
+    "F.sigmoid(z)": Activation("sigmoid"),
+    "z.sigmoid_()": Activation("sigmoid"),
+    "F.softplus(z, 2)": Activation("softplus", (2.0, 20.0)),
+    "F.softplus(z, threshold=1)": Activation("softplus", (1.0, 1.0)),
+    "F.leaky_relu(z, -0.2, True)": None,
+    "F.leaky_relu(z, float('inf'))": None,
+    "F.gelu(z, approximate='other')": None,
+    "F.elu_(z, 1.0, 2.0)": None,
+    "F.hardtanh(z)": None,
+    "torch.sin(z)": None,
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_each_spelling_is_found(spelling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a forward in a file: the source is read."""
+    (tmp_path / "spelled.py").write_text(SOURCE.format(spelling))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "spelled", raising=False)
+    model, activation = importlib.import_module("spelled").Model(), SPELLINGS[spelling]
+    monkeypatch.delitem(sys.modules, "spelled")
+    net = find_net(model)
+    if activation is None:
+        assert isinstance(net, str)
+        return
+    assert isinstance(net, Net)
+    assert net.activations[0] == activation
+    x = 3 * torch.randn(50, 4)
+    torch.testing.assert_close(model(x), compute(net, x))
+
+
+SOURCE = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        z = self.fc1(x)
+        h = {}
+        return self.fc2(h)
+"""
+
+
+def test_the_numbers_of_an_activation_are_read_again() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.LeakyReLU(0.1), nn.Linear(5, 3))
+    assert find_net(model).activations[0] == Activation("leaky_relu", (0.1,))
+    model[1].negative_slope = 0.2
+    assert find_net(model).activations[0] == Activation("leaky_relu", (0.2,))
+    model[1].negative_slope = torch.tensor(0.2)
+    assert isinstance(find_net(model), str)
+
+
+def test_a_changed_activation_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Softplus(), nn.Linear(5, 3))
+    assert isinstance(find_net(model), Net)
+    monkeypatch.setattr(F, "softplus", torch.relu)
+    assert find_net(model) == "torch.nn.functional.softplus was changed"
 
 
 class Dropping(Custom):
@@ -203,21 +388,27 @@ def tied() -> nn.Module:
     return model
 
 
+def empty(inputs: int) -> nn.Linear:
+    with warnings.catch_warnings(action="ignore"):
+        return nn.Linear(inputs, 0)
+
+
 def hooked(parameter: nn.Parameter) -> None:
     parameter.register_post_accumulate_grad_hook(lambda p: None)
 
 
 LEFT = {
     "a function": (lambda: F.relu, "not a module"),
-    "one layer": (lambda: nn.Linear(4, 3), "not Linear, ReLU, Linear"),
-    "no ReLU": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)), "not Linear, ReLU, Linear"),
-    "a ReLU behind": (lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), LinearReLU(5, 3)), "not Linear, ReLU, Linear"),
-    "a ReLU before": (Twice, "not Linear, ReLU, Linear"),
-    "another activation": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), "not Linear, ReLU"),
-    "ReLU6": (lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU6(), nn.Linear(5, 3)), "not Linear, ReLU"),
+    "nine layers": (lambda: nn.Sequential(*(nn.Linear(4, 4) for _ in range(9))), "has 9 Linears, and a"),
+    "no layer": (nn.Tanh, "not a chain of Linears"),
+    "an empty layer": (lambda: nn.Sequential(nn.Linear(4, 5), empty(5), nn.Linear(0, 3)), "4-5-0-3 is empty"),
+    "an activation before": (Twice, "not a chain of Linears"),
+    "two activations": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.ReLU()), "not a chain of Linears"),
+    "ReLU6": (lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU6(), nn.Linear(5, 3)), "Linear, ReLU6, Linear, and not a"),
+    "no fit": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Linear(4, 3)), "5] numbers meets a Linear that"),
     "a shortcut": (Shortcut, "F.relu(hidden) + hidden"),
     "scaled": (Scaled, "return 2 * self.second"),
-    "two outputs": (TwoOutputs, "not Linear, ReLU, Linear"),
+    "two outputs": (TwoOutputs, "not a chain of Linears"),
     "counting": (Counting, "self.calls += 1"),
     "counting inside": (lambda: Outer(Counting()), "self.calls += 1"),
     "counting in a dict": (Tallying, 'self.counts["calls"] += 1'),
@@ -238,7 +429,7 @@ LEFT = {
     "frozen": (lambda: changed(Custom(), lambda m: m.second.requires_grad_(False)), "frozen"),
     "tied": (tied, "share memory"),
     "two dtypes": (lambda: changed(Custom(), lambda m: m.second.double()), "several dtypes"),
-    "parametrized": (lambda: changed(Custom(), lambda m: parametrize.register_parametrization(m.first, "weight", nn.Identity())), "not Linear"),  # noqa: E501
+    "parametrized": (lambda: changed(Custom(), lambda m: parametrize.register_parametrization(m.first, "weight", nn.Identity())), "not a chain"),  # noqa: E501
     "transposed": (lambda: changed(Custom(), lambda m: setattr(m.first, "weight", nn.Parameter(torch.randn(4, 5).t()))), "not contiguous"),  # noqa: E501
 }  # fmt: skip
 
@@ -259,7 +450,7 @@ def test_looking_changes_nothing(kind: Any, outer: Any) -> None:
     before = copy.deepcopy(vars(model))
     whole = outer(model)
     find_net(whole)
-    find_pure(whole)
+    read_pure(whole)
     assert vars(model).keys() == before.keys()
     for name in {"calls", "seen", "counts"} & before.keys():
         assert getattr(model, name) == before[name]
@@ -286,7 +477,7 @@ class Unused(Custom):
 
 def test_pure_nets() -> None:
     deep = nn.Sequential(nn.Flatten(), nn.Linear(4, 5), nn.GELU(), nn.LayerNorm(5), LinearReLU(5, 5), Linear(5, 3))
-    assert set(find_pure(deep)) == set(deep.parameters())
+    assert set(read_pure(deep)) == set(deep.parameters())
     for model, reason in (
         (nn.Sequential(nn.Linear(4, 5), nn.Dropout(), nn.Linear(5, 3)), "the model calls "),
         (nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5)), "the model calls "),
@@ -296,4 +487,4 @@ def test_pure_nets() -> None:
         (changed(Nested(), lambda m: m.register_buffer("seen", torch.ones(1))), "buffers"),
         (changed(Nested(), lambda m: m.register_forward_pre_hook(print)), "has hooks"),
     ):
-        assert reason in find_pure(model)
+        assert reason in read_pure(model)

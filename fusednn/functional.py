@@ -15,10 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import dispatch, internals, ops, reference
-
-LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-"""The dtypes of labels."""
+from . import arguments, dispatch, internals, ops, reference
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -81,7 +78,7 @@ def _linear(x: Tensor, w: Tensor, b: Tensor | None, relu: bool) -> Tensor:
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x, w, b = _autocast(x, dtype), _autocast(w, dtype), None if b is None else _autocast(b, dtype)
-    if not _linear_takes(x, w, b):
+    if not arguments.takes_linear(x, w, b):
         y = _pytorch(reference.linear_relu if relu else reference.linear, x, w, b)
         shapes = [None if tensor is None else list(tensor.shape) for tensor in (w, b)]
         dispatch.overrule("linear_relu" if relu else "linear", f"no kernel for weight {shapes[0]}, bias {shapes[1]}")
@@ -104,19 +101,6 @@ def _tell(x: Tensor, w: Tensor, operation: str) -> None:
     if any(outer != size * inner for (_, outer), (size, inner) in pairwise(leading)):
         copied = "a copy makes the leading dimensions one, which their strides do not allow"
         dispatch.note(dispatch.Decision("input", "copied", copied))
-
-
-def _linear_takes(x: Tensor, w: Tensor, b: Tensor | None) -> bool:
-    """Whether the arguments are ones that the kernels take; what is not is left to PyTorch."""
-    if not (isinstance(w, Tensor) and w.dim() == 2 and x.dim() and x.shape[-1] == w.shape[1]):
-        return False
-    if x.dtype is not w.dtype or x.device != w.device or w.layout is not torch.strided:
-        return False
-    if b is None:
-        return True
-    if not (isinstance(b, Tensor) and b.dim() == 1 and b.shape[0] == w.shape[0]):
-        return False
-    return b.dtype is x.dtype and b.device == x.device and b.layout is torch.strided
 
 
 def _autocast(tensor: Any, dtype: torch.dtype) -> Any:
@@ -161,7 +145,8 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = internals.legacy_reduction(size_average, reduce)
     if type(input) is Tensor and input.is_cpu and _are_plain(target, weight):
-        if target.dtype is not torch.int64 and target.dtype in LABELS and (refusal := dispatch.without_memory(target)):
+        is_small = target.dtype is not torch.int64 and target.dtype in arguments.LABELS
+        if is_small and (refusal := dispatch.without_memory(target)):
             raise RuntimeError(f"target: {refusal}")  # it is cast before PyTorch sees it
         return F.cross_entropy(
             input, reference.as_long(target), weight, None, ignore_index, None, reduction, label_smoothing
@@ -170,7 +155,7 @@ def cross_entropy(
     if serves and torch.is_autocast_enabled(input.device.type):
         input, target, weight = (_autocast(tensor, torch.float32) for tensor in (input, target, weight))
     if not serves or (
-        refusal := _cross_entropy_refuses(input, target, weight, ignore_index, reduction, label_smoothing)
+        refusal := arguments.cross_entropy_refusal(input, target, weight, ignore_index, reduction, label_smoothing)
     ):
         loss = reference.cross_entropy(
             input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
@@ -188,12 +173,7 @@ def cross_entropy(
     dtype = dtype if weight is None else torch.promote_types(dtype, weight.dtype)
     x, q, weight = x.to(dtype), _matrix(target, input).to(dtype), None if weight is None else weight.to(dtype)
     loss = ops.soft_cross_entropy(x, q, _contiguous(weight), reduction, smoothing)
-    return loss.reshape(_without_classes(shape)) if reduction == "none" else loss
-
-
-def _without_classes(shape: torch.Size) -> torch.Size:
-    """[N, d1, ...] of [N, C, d1, ...], [] of [C]."""
-    return shape[:1] + shape[2:] if len(shape) > 1 else shape[:0]
+    return loss.reshape(arguments.without_classes(shape)) if reduction == "none" else loss
 
 
 def _contiguous(weight: Tensor | None) -> Tensor | None:
@@ -209,46 +189,6 @@ def _matrix(tensor: Tensor, like: Tensor) -> Tensor:
     if like.stride(1) == 1:
         return tensor.movedim(1, -1).reshape(-1, tensor.shape[1])
     return tensor.flatten(2)
-
-
-def _cross_entropy_refuses(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-) -> str | None:
-    """What of the arguments no kernel takes, or None; PyTorch then serves, or refuses in its own words."""
-    if not isinstance(target, Tensor) or target.device != input.device or target.layout is not torch.strided:
-        return "this target"
-    if input.dim() == 0 or input.shape[min(1, input.dim() - 1)] == 0:
-        return f"an input of shape {list(input.shape)}"
-    if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
-        return f"ignore_index {ignore_index!r}"
-    if target.is_floating_point():
-        probabilities = target.shape == input.shape and target.dtype in dispatch.DTYPES and ignore_index < 0
-        if not probabilities:
-            return f"a target of shape {list(target.shape)} and {target.dtype}"
-    elif not (target.dtype in LABELS and target.shape == _without_classes(input.shape)):
-        return f"a target of shape {list(target.shape)} and {target.dtype}"
-    if weight is not None and not _weight_takes(weight, input, target):
-        return "this weight"
-    if type(label_smoothing) not in (float, int) or label_smoothing > 1.0:
-        return f"label_smoothing {label_smoothing!r}"
-    return None if reduction in ("none", "mean", "sum") else f"the reduction {reduction!r}"
-
-
-def _weight_takes(weight: Tensor, input: Tensor, target: Tensor) -> bool:
-    """Whether the class weights are ones that the kernels take: constants of the logits' dtype, one for each class."""
-    if not isinstance(weight, Tensor) or weight.device != input.device or weight.layout is not torch.strided:
-        return False
-    # a torch.func transform may want a gradient of it that requires_grad does not tell of
-    if (weight.requires_grad and torch.is_grad_enabled()) or internals.transforming():
-        return False
-    if weight.dim() != 1 or weight.shape[0] != input.shape[min(1, input.dim() - 1)]:
-        return False
-    return weight.dtype in dispatch.DTYPES if target.is_floating_point() else weight.dtype is input.dtype
 
 
 def linear_cross_entropy(
@@ -295,7 +235,7 @@ def linear_cross_entropy(
         raise TypeError(f"chunk_rows must be an int, got {chunk_rows!r}")
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
-    if _logits_are_whole(input, linear_weight, target, linear_bias, ignore_index):
+    if arguments.logits_are_whole(input, linear_weight, target, linear_bias, ignore_index):
         logits = F.linear(input, linear_weight.flatten(0, -2), None if linear_bias is None else linear_bias.flatten())
         logits = logits.reshape(*input.shape[:-1], *linear_weight.shape[:-1])
         ignored = -100 if ignore_index is None else ignore_index
@@ -314,7 +254,7 @@ def linear_cross_entropy(
         x, w, b = (_autocast(tensor, torch.get_autocast_dtype(input.device.type)) for tensor in (x, w, b))
         loss_dtype, weight = torch.promote_types(x.dtype, torch.float32), _autocast(weight, torch.float32)
     rest = (loss_dtype, weight, ignored, reduction, label_smoothing)
-    if not serves or (refusal := _linear_cross_entropy_refuses(x, w, target, b, *rest)):
+    if not serves or (refusal := arguments.linear_cross_entropy_refusal(x, w, target, b, *rest)):
         loss = reference.linear_cross_entropy(
             input, linear_weight, target, linear_bias=linear_bias, weight=weight, reduction=reduction,
             ignore_index=ignore_index, label_smoothing=label_smoothing, options=options,
@@ -331,27 +271,3 @@ def linear_cross_entropy(
         rows, w, b, labels, _contiguous(weight), ignored, reduction, smoothing, chunk_rows
     ).to(loss_dtype or x.dtype)
     return loss.reshape(target.shape) if reduction == "none" else loss
-
-
-def _logits_are_whole(x: Tensor, w: Tensor, target: Tensor, b: Tensor | None, ignore_index: int | None) -> bool:
-    """Whether the target is as large as the logits, or W has more dimensions than two, and all shapes are right."""
-    if not (isinstance(x, Tensor) and isinstance(w, Tensor) and isinstance(target, Tensor)):
-        return False
-    if x.dim() not in (1, 2) or w.dim() < 2 or x.shape[-1] != w.shape[-1] or (w.dim() > 2 and x.dim() == 1):
-        return False
-    if b is not None and not (isinstance(b, Tensor) and b.shape == w.shape[:-1]):
-        return False
-    probabilities = target.shape == x.shape[:-1] + w.shape[:-1]
-    return ignore_index is None if probabilities else w.dim() > 2
-
-
-def _linear_cross_entropy_refuses(
-    x: Tensor, w: Tensor, target: Tensor, b: Tensor | None, loss_dtype: torch.dtype | None, weight: Tensor | None,
-    ignore_index: int, reduction: str, label_smoothing: float,
-) -> str | None:  # fmt: skip
-    if x.dim() not in (1, 2) or not _linear_takes(x, w, b):
-        return "these shapes, dtypes and devices"
-    if isinstance(target, Tensor) and target.is_floating_point():
-        return "probabilities with an ignore_index"
-    logits = x.new_empty((), dtype=loss_dtype).expand(*x.shape[:-1], w.shape[0])
-    return _cross_entropy_refuses(logits, target, weight, ignore_index, reduction, label_smoothing)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .. import dispatch, functional, internals
+from .. import arguments, dispatch, internals
 from ..reading import Facts
 from . import criteria, net, optimizers
 from .engines import Engine
@@ -196,7 +196,7 @@ def _data_refusal(job: Job) -> str | None:
         return "the inputs are no plain tensor, want a gradient, or are a view that negates"
     if inputs.dtype is not torch.float32 and inputs.dtype is not torch.float64:
         return f"no training kernel for {inputs.dtype}"
-    if type(targets) is not Tensor or targets.dim() != 1 or targets.dtype not in functional.LABELS:
+    if type(targets) is not Tensor or targets.dim() != 1 or targets.dtype not in arguments.LABELS:
         return "the targets are not a vector of labels"
     if inputs._is_zerotensor() or targets._is_zerotensor() or targets.is_neg():
         return "the inputs or targets have no memory"

@@ -56,9 +56,14 @@ setup(
     # kernels/ is its own folder at the top of the repository and installs as fusednn.kernels through
     # the link fusednn/kernels: a top-level package called `kernels` would overwrite Hugging Face's.
     packages=[
-        "fusednn", "fusednn.app", "fusednn.kernels", "fusednn.ops", "fusednn.reading", "fusednn.training",
+        "fusednn",
+        "fusednn.app",
+        "fusednn.kernels",
+        "fusednn.ops",
+        "fusednn.reading",
+        "fusednn.training",
         "fusednn.training.engines",
-    ],  # fmt: skip
+    ],
     package_data={"fusednn": ["py.typed"]},
     ext_modules=[native],
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if stable else {},

@@ -36,11 +36,14 @@ extras["dev"] = sorted({need for needs in extras.values() for need in needs})
 stable = not sysconfig.get_config_var("Py_GIL_DISABLED")
 native = Extension(
     "fusednn._native",
-    ["kernels/native/mlp_training.cpp"],
-    depends=["kernels/native/adam.h", "kernels/native/facts.h", "kernels/native/products.h"],
+    ["kernels/native/mlp_training.cpp", "kernels/native/module.cpp"],
+    depends=[
+        f"kernels/native/{name}.h"
+        for name in ("activations", "facts", "functions", "losses", "products", "step", "updates")
+    ],
     define_macros=[("Py_LIMITED_API", "0x030b0000")] if stable else [],
     py_limited_api=stable,
-    extra_compile_args=["-std=c++17", "-O3", "-fno-math-errno"],
+    extra_compile_args=["-std=c++17", "-O3", "-fno-math-errno", "-fvisibility=hidden"],
     optional=True,
 )
 

@@ -1,277 +1,208 @@
-// Whole training steps of Linear, ReLU, Linear with cross entropy on a CPU, as many as asked, in one call.
+// Whole training steps of an MLP on a CPU, as many as asked, in one call.
 //
-//     h = relu(x W1ᵀ + b1)        y = h W2ᵀ + b2           loss = cross entropy of y
-//     dW2 = dyᵀ h                 db2 = Σ dy               dh = dy W2 where not (h <= 0)
-//     dW1 = dhᵀ x                 db1 = Σ dh               then the optimizer's step (../adam.py) on each
+//     for each layer:       z = a Wᵀ + b      h = activation(z), the next layer's a;      y is the last h
+//     then the loss of y, and dy; for each layer, from the last to the first:
+//         dz = dh activation'(z)      dW = dzᵀ a      db = Σ dz      dh of the layer before = dz W
+//         and the optimizer's rule (updates.h) on W and b
 //
-// The same step as ../mlp_training.py, in the same order and with its names, by one thread, to which the batch is one
-// tile. In the products (products.h) the innermost index n is the row of the batch for the forward and for dh; so x, h, dh
-// and dy lie as [features, batch]. For dW1 and dW2 it is the feature, and x and h lie as [batch, features] beside them.
-// Rows are padded to whole vectors: what stands in the padding is computed and never read. Where each sum is added up does
-// not depend on the batch around it, so the bits repeat on one machine; machines with other vectors, or without a fused
+// The same step as ../mlp_training.py, with its names, by one thread, to which the batch is one tile. In the products
+// (products.h) the innermost index n is the row of the batch for the forward and for dh; so a, h, dh and dz lie as
+// [features, batch]. For dW it is the feature, and what a layer is given lies as [batch, features] beside it. Rows are
+// padded to whole vectors: what stands in the padding is computed and never read. Where each sum is added up does not
+// depend on the batch around it, so the bits repeat on one machine; machines with other vectors, or without a fused
 // multiply-add, may round differently.
 //
-// Whoever calls this has checked every shape, dtype, stride and pointer: fusednn/training/native.py does.
-
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+// Whoever calls this has checked every shape, dtype, stride and pointer: fusednn/training/engines/native.py does.
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <limits>
+#include <memory>
 #include <new>
+#include <optional>
 
-#include "adam.h"
-#include "facts.h"
+#include "activations.h"
+#include "losses.h"
 #include "products.h"
+#include "step.h"
+#include "updates.h"
 
+namespace fusednn {
 namespace {
 
-enum { W1, B1, W2, B2, PARAMETERS };
-
-// What train_mlp of ../mlp_training.py is given.
-template <class T>
-struct Job {
-    const T *x;              // [rows, I], any strides
-    const Int *targets;      // [rows], any stride
-    const Int *order;        // the rows of the steps, one after the other
-    const T *class_weight;   // [O], or none
-    T *weights[PARAMETERS];  // W1 [H, I], b1 [H] or none, W2 [O, H], b2 [O] or none
-    T *firsts[PARAMETERS], *seconds[PARAMETERS];  // the state of each, as far as the rule has one
-    const T *table;          // [steps, PARAMETERS, ROW]
-    T *losses, *accuracies;  // [steps]; the second or none
-    void *counts[PARAMETERS];  // of the steps that the optimizer made on each, or none; double where the bit of it is set
-    Int stride_xm, stride_xi, stride_t, I, H, O, batch, epoch_rows, position, steps, ignore_index, double_counts;
-    Kind kind;
-    bool mean;
-    double smoothing;
-};
-
-constexpr Int GRAD_M = 16, GRAD_N = 256;  // the part of dW that is computed and used at a time, in the L1 cache too
+constexpr Int GRAD_M = 16, GRAD_N = 256;  // so many numbers of dW are computed and used at a time, in the L1 cache too
 
 // What a step hands from one part to the next.
 template <class T, int BYTES>
 struct Buffers {
-    const Int stride_b, stride_i, stride_h;
-    Buffer<T> x, x_t;  // [batch, I] and [I, batch]
-    Buffer<T> h, h_t;  // [H, batch] and [batch, H]
-    Buffer<T> dh, dy;  // [H, batch] and [O, batch]; the logits come in the place of dy
-    Buffer<T> dw, db;  // [GRAD_M, GRAD_N], and [H] or [O]
+    Int stride_b;                                // of what lies as [features, batch]
+    Int strides[MOST_LAYERS];                    // of `given`
+    std::optional<Buffer<T>> given[MOST_LAYERS];  // [batch, inputs], what each layer is given
+    std::optional<Buffer<T>> kept[MOST_LAYERS];   // [outputs, batch], what the slope of its activation is read off
+    Buffer<T> x_t, h;                            // [inputs, batch], and the h of a layer that keeps z
+    Buffer<T> d[2];                              // [outputs, batch], dz of a layer and dh of the one before, by turns
+    Buffer<T> dw, db;                            // a part of dW, and [outputs]
 
-    Buffers(const Job<T> &job, Int batch)
-        : stride_b(padded<T, BYTES>(batch)), stride_i(padded<T, BYTES>(job.I)), stride_h(padded<T, BYTES>(job.H)),
-          x(batch * stride_i), x_t(job.I * stride_b), h(job.H * stride_b), h_t(batch * stride_h),
-          dh(job.H * stride_b), dy(job.O * stride_b), dw(GRAD_M * GRAD_N), db(std::max(job.H, job.O)) {}
+    Buffers(const Step<T> &step, Int batch, Int widest)
+        : stride_b(padded<T, BYTES>(batch)), x_t(step.layer[0].inputs, stride_b), h(widest, stride_b),
+          d{{widest, stride_b}, {widest, stride_b}}, dw(GRAD_M, GRAD_N), db(1, widest) {
+        for (Int l = 0; l < step.layers; ++l) {
+            strides[l] = padded<T, BYTES>(step.layer[l].inputs);
+            given[l].emplace(batch, strides[l]);
+            kept[l].emplace(step.layer[l].outputs, stride_b);
+        }
+    }
 };
 
 // to [M, batch] = W a + b of W [M, K], a [K, batch] and b [M] or none.
 template <class T, int BYTES>
 INLINE void linear(T *to, Int stride_b, const T *a, const T *w, const T *b, Int M, Int K, Int size) {
     for (Int m = 0; m < M; ++m) std::fill_n(to + m * stride_b, stride_b, b ? b[m] : T(0));
-    product<T, BYTES>(to, stride_b, w, K, 1, a, stride_b, M, size, K);
+    product_of_rows<T, BYTES>(to, w, K, 1, a, stride_b, M, size, K);
 }
 
-// h = relu(x W1ᵀ + b1) of the rows of a batch.
+// The rows of a batch, as [batch, inputs] and [inputs, batch].
 template <class T, int BYTES>
-INLINE void hidden_tile(const Job<T> &job, const Int *rows, Buffers<T, BYTES> &to, Int size) {
-    const Int I = job.I, H = job.H;
-    for (Int b = 0; b < size; ++b)
-        for (Int i = 0; i < I; ++i) to.x[b * to.stride_i + i] = job.x[rows[b] * job.stride_xm + i * job.stride_xi];
-    transpose<T>(to.x_t, to.stride_b, to.x, to.stride_i, size, I);
-    linear<T, BYTES>(to.h, to.stride_b, to.x_t, job.weights[W1], job.weights[B1], H, I, size);
-    for (Int i = 0; i < H * to.stride_b; ++i) to.h[i] = to.h[i] <= 0 ? T(0) : to.h[i];  // NaN passes
-    transpose<T>(to.h_t, to.stride_h, to.h, to.stride_b, H, size);
+INLINE void gather(const Step<T> &step, const Job<T> &job, const Int *rows, Buffers<T, BYTES> &to, Int size) {
+    const Int I = step.layer[0].inputs, stride_i = to.strides[0];
+    T *x = *to.given[0];
+    for (Int b = 0; b < size; ++b) {
+        const T *row = job.x + rows[b] * job.stride_xm;
+        if (job.stride_xi == 1)
+            std::copy_n(row, I, x + b * stride_i);
+        else
+            for (Int i = 0; i < I; ++i) x[b * stride_i + i] = row[i * job.stride_xi];
+    }
+    transpose<T>(to.x_t, to.stride_b, x, stride_i, size, I);
 }
 
-template <class T>
-struct Sums {
-    T loss = 0, weight = 0, counted = 0, right = 0;
-};
-
-// Of the logits of a row, y [O]: dy in their place, not yet divided for the mean; and the row's part of the sums.
-template <class T>
-INLINE void loss_row(const Job<T> &job, Int label, T *y, Int stride_y, T all_weights, Sums<T> &sums) {
-    const Int O = job.O;
-    const bool ignored = label == job.ignore_index, known = label >= 0 && label < O;
-    if (ignored || !known) {
-        const T value = ignored ? T(0) : std::numeric_limits<T>::quiet_NaN();
-        for (Int o = 0; o < O; ++o) y[o * stride_y] = value;
-        sums.counted += ignored ? 0 : 1;
-        sums.loss += value;
-        return;
-    }
-    Int first = 0;  // of the largest; NaN is larger than any
-    T largest = -std::numeric_limits<T>::infinity();
-    for (Int o = 0; o < O; ++o) {
-        const T value = y[o * stride_y], best = y[first * stride_y];
-        if (value > best || (std::isnan(value) && !std::isnan(best))) first = o;
-        largest = largest < value ? value : largest;
-    }
-    const auto weight_of = [&](Int o) { return job.class_weight ? job.class_weight[o] : T(1); };
-    const T weight = weight_of(label), kept = weight * T(1 - job.smoothing), share = T(job.smoothing / double(O));
-    const bool smoothed = job.smoothing > 0;
-    T loss = -kept * (y[label * stride_y] - largest), spread = 0, total = 0;
-    for (Int o = 0; o < O; ++o) {
-        const T shifted = y[o * stride_y] - largest;
-        if (smoothed) spread += weight_of(o) * shifted;
-        y[o * stride_y] = std::exp(shifted);
-        total += y[o * stride_y];
-    }
-    if (smoothed) loss -= share * spread;
-    const T mass = smoothed && job.class_weight ? kept + share * all_weights : weight, scale = mass / total;
-    for (Int o = 0; o < O; ++o) y[o * stride_y] = y[o * stride_y] * scale - (smoothed ? share * weight_of(o) : T(0));
-    y[label * stride_y] -= kept;
-    sums.loss += loss + mass * std::log(total);
-    sums.weight += weight;
-    sums.counted += 1;
-    sums.right += label == first;
-}
-
-// h, dy and the sums over the rows of a batch.
+// y, in to.d[0], of the gathered rows; and what the layers keep.
 template <class T, int BYTES>
-INLINE Sums<T> forward_tile(const Job<T> &job, const Int *rows, Buffers<T, BYTES> &to, Int size) {
-    hidden_tile<T, BYTES>(job, rows, to, size);
-    linear<T, BYTES>(to.dy, to.stride_b, to.h, job.weights[W2], job.weights[B2], job.O, job.H, size);
-    T all_weights = 0;
-    for (Int o = 0; o < job.O; ++o) all_weights += job.class_weight ? job.class_weight[o] : T(0);
-    Sums<T> sums;
-    for (Int b = 0; b < size; ++b)
-        loss_row<T>(job, job.targets[rows[b] * job.stride_t], to.dy + b, to.stride_b, all_weights, sums);
-    if (sums.weight == 0) sums.weight = std::numeric_limits<T>::quiet_NaN();  // 0 / 0, whatever smoothing adds
-    const T scale = job.mean && sums.counted > 0 ? 1 / sums.weight : T(1);    // no rows: no gradient
-    for (Int i = 0; i < job.O * to.stride_b; ++i) to.dy[i] *= scale;
-    return sums;
+INLINE void forward(const Step<T> &step, Buffers<T, BYTES> &to, Int size) {
+    const T *a = to.x_t;
+    for (Int l = 0; l < step.layers; ++l) {
+        const Layer<T> &layer = step.layer[l];
+        const Int numbers = layer.outputs * to.stride_b;
+        const bool is_last = l == step.layers - 1, keeps_h = slope_is_of_value(layer.activation.name);
+        T *kept = *to.kept[l], *h = is_last ? to.d[0].p : keeps_h ? kept : to.h.p;
+        T *z = is_last && layer.activation.name == IDENTITY ? h : kept;
+        linear<T, BYTES>(z, to.stride_b, a, layer.w.weight, layer.b.weight, layer.outputs, layer.inputs, size);
+        activate<T, BYTES>(layer.activation, keeps_h ? z : h, z, numbers);
+        if (is_last && keeps_h && z != h) std::copy_n(z, numbers, h);
+        if (!is_last) transpose<T>(*to.given[l + 1], to.strides[l + 1], h, to.stride_b, layer.outputs, size);
+        a = h;
+    }
 }
 
-// Step on n numbers of parameter p from `offset` on, whose gradient is g.
+// Step on n numbers of a parameter from `offset` on, whose gradient is g.
 template <class T>
-INLINE void step_on(const Job<T> &job, int p, Int offset, T *g, Int n, const T *row) {
-    T *first = job.firsts[p] ? job.firsts[p] + offset : nullptr;
-    T *second = job.seconds[p] ? job.seconds[p] + offset : nullptr;
-    update(job.weights[p] + offset, first, second, g, n, row + p * ROW, job.kind);
+INLINE void step_on(const Parameter<T> &p, Int offset, T *g, Int n, const T *row, Rule rule) {
+    T *first = p.first ? p.first + offset : nullptr, *second = p.second ? p.second + offset : nullptr;
+    update(p.weight + offset, first, second, g, n, row, rule);
 }
 
-// Step on weight p with dW = dyᵀ x of dy [M, batch] and x [batch, N], a part at a time.
+// Step on W with dW = dzᵀ a of dz [M, batch] and a [batch, N], a part at a time.
 template <class T, int BYTES>
 INLINE void step_on_weight(
-    const Job<T> &job, int p, const T *row, const T *dy, Int stride_dy, const T *x, Int stride_x, T *dw, Int M, Int N, Int size
+    const Parameter<T> &w, const T *row, Rule rule, const T *dz, Int stride_b, const T *a, Int stride_a, T *dw,
+    Int M, Int N, Int size
 ) {
-    for (Int m = 0; m < M; m += GRAD_M)
+    const Int stride = std::min(GRAD_N, whole<T, BYTES>(N)), most = GRAD_M * GRAD_N / std::max(stride, Int(1));
+    for (Int m = 0; m < M; m += most)
         for (Int n = 0; n < N; n += GRAD_N) {
-            const Int rows = std::min(GRAD_M, M - m), columns = std::min(GRAD_N, N - n);
-            std::fill_n(dw, rows * GRAD_N, T(0));
-            product<T, BYTES>(dw, GRAD_N, dy + m * stride_dy, stride_dy, 1, x + n, stride_x, rows, columns, size);
-            for (Int r = 0; r < rows; ++r) step_on(job, p, (m + r) * N + n, dw + r * GRAD_N, columns, row);
+            const Int rows = std::min(most, M - m), columns = std::min(GRAD_N, N - n);
+            std::fill_n(dw, rows * stride, T(0));
+            product<T, BYTES>(dw, stride, dz + m * stride_b, stride_b, 1, a + n, stride_a, rows, columns, size);
+            if (columns == N) {  // whole rows: without gaps they are one piece of W
+                for (Int r = 1; r < rows && stride != N; ++r) std::copy_n(dw + r * stride, N, dw + r * N);
+                step_on(w, m * N, dw, rows * N, row, rule);
+            } else {
+                for (Int r = 0; r < rows; ++r) step_on(w, (m + r) * N + n, dw + r * stride, columns, row, rule);
+            }
         }
 }
 
-// Step on bias p with db = Σ dy of dy [M, batch]. Each of 8 lanes adds up every eighth row of the batch, since an addition
-// waits for the one before it.
+// Step on b with db = Σ dz of dz [M, batch]. Each of 8 lanes adds up every eighth row of the batch, since an addition waits
+// for the one before it.
 template <class T>
-INLINE void step_on_bias(const Job<T> &job, int p, const T *row, const T *dy, Int stride_dy, T *db, Int M, Int size) {
-    if (!job.weights[p]) return;
-    for (Int m = 0; m < M; ++m, dy += stride_dy) {
+INLINE void step_on_bias(const Parameter<T> &b, const T *row, Rule rule, const T *dz, Int stride_b, T *db, Int M, Int size) {
+    if (!b.weight) return;
+    for (Int m = 0; m < M; ++m, dz += stride_b) {
         T sums[8] = {};
-        Int b = 0;
-        for (; b + 8 <= size; b += 8)
-            for (int i = 0; i < 8; ++i) sums[i] += dy[b + i];
-        for (; b < size; ++b) sums[b % 8] += dy[b];
+        Int i = 0;
+        for (; i + 8 <= size; i += 8)
+            for (int lane = 0; lane < 8; ++lane) sums[lane] += dz[i + lane];
+        for (; i < size; ++i) sums[i % 8] += dz[i];
         db[m] = ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
     }
-    step_on(job, p, 0, db, M, row);
+    step_on(b, 0, db, M, row, rule);
 }
 
-// dh = dy W2 where not (h <= 0); then step on W2 and b1.
+// The steps on all layers, from dy in of.d[0]. `row` is the first of the step's rows of the table.
 template <class T, int BYTES>
-INLINE void backward_output(const Job<T> &job, const T *row, Buffers<T, BYTES> &of, Int size) {
-    const Int H = job.H, O = job.O, stride_b = of.stride_b;
-    std::fill_n(of.dh.p, H * stride_b, T(0));
-    product<T, BYTES>(of.dh, stride_b, job.weights[W2], 1, H, of.dy, stride_b, H, size, O);
-    for (Int i = 0; i < H * stride_b; ++i) of.dh[i] = of.h[i] <= 0 ? T(0) : of.dh[i];
-    step_on_weight<T, BYTES>(job, W2, row, of.dy, stride_b, of.h_t, of.stride_h, of.dw, O, H, size);
-    step_on_bias<T>(job, B1, row, of.dh, stride_b, of.db, H, size);
-}
-
-// Step on W1.
-template <class T, int BYTES>
-INLINE void backward_input(const Job<T> &job, const T *row, Buffers<T, BYTES> &of, Int size) {
-    step_on_weight<T, BYTES>(job, W1, row, of.dh, of.stride_b, of.x, of.stride_i, of.dw, job.H, job.I, size);
-}
-
-// job.steps steps, the first one job.position rows into an epoch.
-template <class T, int BYTES>
-INLINE void mlp_training(const Job<T> &job) {
-    Buffers<T, BYTES> buffers(job, std::max(Int(1), job.batch));
-    const Int *rows = job.order;
-    Int position = job.position;
-    for (Int step = 0; step < job.steps; ++step) {
-        const Int size = std::min(job.batch, job.epoch_rows - position);
-        const Sums<T> sums = forward_tile<T, BYTES>(job, rows, buffers, size);
-        job.losses[step] = job.mean ? sums.loss / sums.weight : sums.loss;
-        if (job.accuracies) job.accuracies[step] = sums.right / sums.counted;
-
-        const T *row = job.table + step * PARAMETERS * ROW;
-        backward_output<T, BYTES>(job, row, buffers, size);
-        backward_input<T, BYTES>(job, row, buffers, size);
-        step_on_bias<T>(job, B2, row, buffers.dy, buffers.stride_b, buffers.db, job.O, size);
-
-        rows += size;
-        position = position + size >= job.epoch_rows ? 0 : position + size;
-    }
-}
-
-bool is_bad(Int label, Int classes, Int ignore_index) {
-    return (label < 0 || label >= classes) && label != ignore_index;
-}
-
-// The first label of a step that is none of a class, in `bad`.
-template <class T>
-bool finds_bad_label(const Job<T> &job, Int &bad) {
-    const Int *rows = job.order;
-    Int position = job.position;
-    for (Int step = 0; step < job.steps; ++step) {
-        const Int size = std::min(job.batch, job.epoch_rows - position);
-        for (Int b = 0; b < size; ++b) {
-            bad = job.targets[rows[b] * job.stride_t];
-            if (is_bad(bad, job.O, job.ignore_index)) return true;
+INLINE void backward(const Step<T> &step, const T *row, Buffers<T, BYTES> &of, Int size) {
+    T *d = of.d[0], *d_before = of.d[1];
+    for (Int l = step.layers - 1; l >= 0; --l) {
+        const Layer<T> &layer = step.layer[l];
+        const Int M = layer.outputs, N = layer.inputs, stride_b = of.stride_b;
+        deactivate<T, BYTES>(layer.activation, d, *of.kept[l], M * stride_b);
+        if (l > 0) {  // before the step on W
+            std::fill_n(d_before, N * stride_b, T(0));
+            product_of_rows<T, BYTES>(d_before, layer.w.weight, 1, N, d, stride_b, N, size, M);
         }
-        rows += size;
-        position = position + size >= job.epoch_rows ? 0 : position + size;
+        const T *row_w = row + 2 * l * ROW, *row_b = row_w + ROW;
+        step_on_weight<T, BYTES>(layer.w, row_w, step.rule, d, stride_b, *of.given[l], of.strides[l], of.dw, M, N, size);
+        step_on_bias<T>(layer.b, row_b, step.rule, d, stride_b, of.db, M, size);
+        std::swap(d, d_before);
     }
-    return false;
 }
 
-// Count the steps where the optimizer does.
-template <class T>
-void count_steps(const Job<T> &job) {
-    for (int p = 0; p < PARAMETERS; ++p) {
-        if (!job.counts[p]) continue;
-        if (job.double_counts >> p & 1)
-            *static_cast<double *>(job.counts[p]) += double(job.steps);
-        else
-            *static_cast<float *>(job.counts[p]) += float(job.steps);
-    }
+template <class T, int BYTES>
+INLINE void mlp_training(const Step<T> &step, const Job<T> &job) {
+    Int widest = 0;
+    for (Int l = 0; l < step.layers; ++l) widest = std::max(widest, step.layer[l].outputs);
+    const auto buffers = std::make_unique<Buffers<T, BYTES>>(step, std::max(Int(1), job.batch), widest);
+    job.each_step([&](Int s, const Int *rows, Int size) {
+        gather<T, BYTES>(step, job, rows, *buffers, size);
+        forward<T, BYTES>(step, *buffers, size);
+        const Sums<T> sums = cross_entropy<T, BYTES>(step, job, rows, buffers->d[0], buffers->stride_b, size);
+        job.losses[s] = step.loss.mean ? sums.loss / sums.weight : sums.loss;
+        if (step.accuracy) job.accuracies[s] = sums.right / sums.counted;
+        backward<T, BYTES>(step, job.table + s * 2 * step.layers * ROW, *buffers, size);
+        return true;
+    });
 }
 
 // The same for each kind of machine. Flatten puts all of it into one function, compiled for that kind.
 template <class T>
-void train_plain(const Job<T> &job) {
-    mlp_training<T, 16>(job);
+void train_plain(const Step<T> &step, const Job<T> &job) {
+    mlp_training<T, 16>(step, job);
 }
 #if defined(__x86_64__)
 template <class T>
-__attribute__((target("avx2,fma"), flatten)) void train_avx2(const Job<T> &job) {
-    mlp_training<T, 32>(job);
+__attribute__((target("avx2,fma"), flatten)) void train_avx2(const Step<T> &step, const Job<T> &job) {
+    mlp_training<T, 32>(step, job);
 }
 template <class T>
-__attribute__((target("avx512f,avx512dq,avx512vl,avx2,fma"), flatten)) void train_avx512(const Job<T> &job) {
-    mlp_training<T, 64>(job);
+__attribute__((target("avx512f,avx512dq,avx512vl,avx2,fma"), flatten)) void train_avx512(
+    const Step<T> &step, const Job<T> &job
+) {
+    mlp_training<T, 64>(step, job);
 }
 #endif
 
 enum Machine { PLAIN, AVX2, AVX512 };
-const char *const MACHINES[] = {"plain", "AVX2", "AVX-512"};
+
+// Count the steps where the optimizer does.
+template <class T>
+void count_steps(const Parameter<T> &p, Int steps) {
+    if (!p.count) return;
+    if (p.double_count)
+        *static_cast<double *>(p.count) += double(steps);
+    else
+        *static_cast<float *>(p.count) += float(steps);
+}
+
+}  // namespace
 
 bool runs_on(Int machine) {
 #if defined(__x86_64__)
@@ -286,107 +217,22 @@ bool runs_on(Int machine) {
 }
 
 template <class T>
-void train_on(Int machine, const Job<T> &job) {
+void train(Int machine, const Step<T> &step, const Job<T> &job) {
 #if defined(__x86_64__)
-    if (machine == AVX2) return train_avx2(job);
-    if (machine == AVX512) return train_avx512(job);
+    if (machine == AVX2)
+        train_avx2(step, job);
+    else if (machine == AVX512)
+        train_avx512(step, job);
+    else
 #endif
-    return train_plain(job);
-}
-
-// The whole numbers of a tuple.
-bool read(PyObject *tuple, Int *numbers, Py_ssize_t count) {
-    if (PyTuple_Size(tuple) != count) {
-        if (!PyErr_Occurred()) PyErr_Format(PyExc_TypeError, "expected %zd numbers", count);
-        return false;
+        train_plain(step, job);
+    for (Int l = 0; l < step.layers; ++l) {
+        count_steps(step.layer[l].w, job.steps);
+        count_steps(step.layer[l].b, job.steps);
     }
-    for (Py_ssize_t i = 0; i < count; ++i) {
-        numbers[i] = PyLong_AsLongLong(PyTuple_GetItem(tuple, i));
-        if (numbers[i] == -1 && PyErr_Occurred()) return false;
-    }
-    return true;
 }
 
-template <class T>
-T *at(Int address) {
-    return reinterpret_cast<T *>(static_cast<uintptr_t>(address));
-}
+template void train(Int machine, const Step<float> &step, const Job<float> &job);
+template void train(Int machine, const Step<double> &step, const Job<double> &job);
 
-template <class T>
-PyObject *run(Int machine, const Int *p, const Int *n, double smoothing) {
-    const Job<T> job = {
-        at<T>(p[0]), at<Int>(p[1]), at<Int>(p[2]), at<T>(p[3]),
-        {at<T>(p[4]), at<T>(p[5]), at<T>(p[6]), at<T>(p[7])},
-        {at<T>(p[8]), at<T>(p[9]), at<T>(p[10]), at<T>(p[11])},
-        {at<T>(p[12]), at<T>(p[13]), at<T>(p[14]), at<T>(p[15])},
-        at<T>(p[16]), at<T>(p[17]), at<T>(p[18]),
-        {at<void>(p[19]), at<void>(p[20]), at<void>(p[21]), at<void>(p[22])},
-        n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11],
-        {n[12], n[13] != 0, n[14] != 0, n[15] != 0}, n[16] != 0, smoothing,
-    };
-    bool has_memory = true, is_bad = false;
-    Int bad = 0;
-    Py_BEGIN_ALLOW_THREADS
-    is_bad = finds_bad_label(job, bad);
-    if (!is_bad) try {
-            train_on(machine, job);
-            count_steps(job);
-        } catch (const std::bad_alloc &) {  // before the first step
-            has_memory = false;
-        }
-    Py_END_ALLOW_THREADS
-    if (is_bad) return PyErr_Format(PyExc_IndexError, "Target %lld is out of bounds.", static_cast<long long>(bad));
-    if (!has_memory) return PyErr_NoMemory();
-    Py_RETURN_NONE;
-}
-
-PyObject *train_mlp(PyObject *, PyObject *args) {
-    PyObject *addresses, *numbers;
-    int machine, is_double;
-    double smoothing;
-    Int p[23], n[17];
-    if (!PyArg_ParseTuple(args, "ipOOd", &machine, &is_double, &addresses, &numbers, &smoothing)) return nullptr;
-    if (!read(addresses, p, 23) || !read(numbers, n, 17)) return nullptr;
-    if (!runs_on(machine)) return PyErr_Format(PyExc_ValueError, "machine %d is another one than this", machine);
-    return is_double ? run<double>(machine, p, n, smoothing) : run<float>(machine, p, n, smoothing);
-}
-
-// The first of `size` labels that is none of a class, or None.
-PyObject *bad_label(PyObject *, PyObject *args) {
-    Int address, stride, size, classes, ignore_index;
-    if (!PyArg_ParseTuple(args, "LLLLL", &address, &stride, &size, &classes, &ignore_index)) return nullptr;
-    for (Int i = 0; i < size; ++i) {
-        const Int label = at<Int>(address)[i * stride];
-        if (is_bad(label, classes, ignore_index)) return PyLong_FromLongLong(label);
-    }
-    Py_RETURN_NONE;
-}
-
-PyObject *machines(PyObject *, PyObject *) {
-    PyObject *found = PyDict_New();
-    for (int machine = PLAIN; found && machine <= AVX512; ++machine) {
-        if (!runs_on(machine)) continue;
-        PyObject *number = PyLong_FromLong(machine);
-        if (!number || PyDict_SetItemString(found, MACHINES[machine], number) < 0) Py_CLEAR(found);
-        Py_XDECREF(number);
-    }
-    return found;
-}
-
-PyMethodDef methods[] = {
-    {"train_mlp", train_mlp, METH_VARARGS,
-     "train_mlp(machine, is_double, addresses, numbers, smoothing): the members of Job, in their order."},
-    {"bad_label", bad_label, METH_VARARGS,
-     "bad_label(address, stride, size, classes, ignore_index): the first of the int64 labels out of range, or None."},
-    {"facts", facts, METH_VARARGS, "facts(items, attributes, lengths, keys, gone): those of fusednn/reading/facts.py's Facts, for hold."},
-    {"hold", hold, METH_O, "hold(facts): whether all is as it was."},
-    {"machines", machines, METH_NOARGS, "The kinds of machine that this one is, and their numbers; the last is the best."},
-    {nullptr, nullptr, 0, nullptr},
-};
-PyModuleDef_Slot slots[] = {{0, nullptr}};
-PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "fusednn._native", "Training steps in C++.", 0, methods, slots, nullptr, nullptr, nullptr,
-};
-}  // namespace
-
-PyMODINIT_FUNC PyInit__native() { return PyModuleDef_Init(&module); }
+}  // namespace fusednn

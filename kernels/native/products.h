@@ -1,4 +1,4 @@
-// The matrix product of small matrices on one thread, with the vectors of GCC and Clang, and what it needs of memory.
+// The matrix product of small matrices on one thread, with the vectors of GCC and Clang, and the memory for it.
 //
 //     c[m, n] += Σ_k a[m, k] b[k, n], with n innermost in b and c
 //
@@ -9,9 +9,10 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdint>
 #include <new>
 #include <type_traits>
+
+#include "step.h"
 
 #if !defined(__GNUC__)
 #error "needs the vector types of GCC and Clang"  // without this file fusednn trains on CPUs as PyTorch does
@@ -20,17 +21,46 @@
 #define __has_builtin(name) 0  // GCC 9
 #endif
 #define INLINE inline __attribute__((always_inline))
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are handed over to inlined functions alone
+#endif
 
+namespace fusednn {
 namespace {
 
-typedef int64_t Int;
+template <class T, int BYTES>
+struct VectorOf {
+    typedef T Type __attribute__((vector_size(BYTES)));
+};
+template <class T, int BYTES>
+using Vector = typename VectorOf<T, BYTES>::Type;
+template <class T, int BYTES>
+constexpr Int LANES = BYTES / sizeof(T);
 
-// Zeroed memory that begins with a cache line.
+template <class V, class T>
+INLINE V load(const T *from) {
+    V v;
+    __builtin_memcpy(&v, from, sizeof(V));
+    return v;
+}
+template <class V, class T>
+INLINE void store(T *to, V v) {
+    __builtin_memcpy(to, &v, sizeof(V));
+}
+
+// Zeroed memory for rows x columns numbers, which begins with a cache line and ends with one.
 template <class T>
 struct Buffer {
     T *p;
-    explicit Buffer(Int size) : p(static_cast<T *>(::operator new(size * sizeof(T), std::align_val_t(64)))) {
-        std::fill(p, p + size, T(0));
+    Buffer(Int rows, Int columns) {
+        constexpr Int LINE = 64;
+        Int bytes;
+        if (__builtin_mul_overflow(rows, columns, &bytes) || __builtin_mul_overflow(bytes, Int(sizeof(T)), &bytes) ||
+            __builtin_add_overflow(bytes, LINE - 1, &bytes))
+            throw std::bad_alloc();
+        bytes = bytes / LINE * LINE;
+        p = static_cast<T *>(::operator new(bytes, std::align_val_t(LINE)));
+        std::fill_n(p, bytes / Int(sizeof(T)), T(0));
     }
     ~Buffer() { ::operator delete(p, std::align_val_t(64)); }
     Buffer(const Buffer &) = delete;
@@ -38,36 +68,58 @@ struct Buffer {
     operator T *() const { return p; }
 };
 
-constexpr int TILE_M = 4;    // rows of a whose sums are held in registers, two vectors each
-constexpr Int TILE_K = 256;  // so many rows of b, two vectors wide, stay in the L1 cache
+constexpr Int TILE_K = 256;    // so many rows of b, two vectors wide, stay in the L1 cache
+constexpr int FEW_BYTES = 16;  // the vector for rows of so few numbers
+
+// n numbers in whole vectors.
+template <class T, int BYTES>
+constexpr Int whole(Int n) {
+    return (n + LANES<T, BYTES> - 1) / LANES<T, BYTES> * LANES<T, BYTES>;
+}
 
 // How far apart rows of n numbers lie: whole vectors, and not a power of two, whose rows share few lines of a cache.
 template <class T, int BYTES>
 constexpr Int padded(Int n) {
-    constexpr Int lanes = 2 * BYTES / sizeof(T);
-    n = (n + lanes - 1) / lanes * lanes;
-    return n * sizeof(T) % 1024 ? n : n + lanes;
+    if (n * Int(sizeof(T)) <= FEW_BYTES) return whole<T, FEW_BYTES>(n);
+    n = whole<T, BYTES>(n);
+    return n * sizeof(T) % 1024 ? n : n + LANES<T, BYTES>;
 }
 
-// c[0:R, 0:2 vectors] += Σ_k a[:, k] b[k, :].
-template <class T, int BYTES, int R>
+// c[0:R, 0:COUNT vectors] += Σ_k a[:, k] b[k, :]. The sums are held in registers.
+template <class T, int BYTES, int R, int COUNT>
 INLINE void product_tile(T *c, Int stride_c, const T *a, Int stride_am, Int stride_ak, const T *b, Int stride_b, Int K) {
-    typedef T Vector __attribute__((vector_size(BYTES), aligned(sizeof(T)), may_alias));
-    constexpr Int LANES = BYTES / sizeof(T);
-    Vector acc[R][2];
+    typedef Vector<T, BYTES> V;
+    V acc[R][COUNT];
     for (int r = 0; r < R; ++r)
-        for (int i = 0; i < 2; ++i) acc[r][i] = *reinterpret_cast<const Vector *>(c + r * stride_c + i * LANES);
+        for (int i = 0; i < COUNT; ++i) acc[r][i] = load<V>(c + r * stride_c + i * LANES<T, BYTES>);
     for (Int k = 0; k < K; ++k) {
-        const Vector b0 = *reinterpret_cast<const Vector *>(b + k * stride_b);
-        const Vector b1 = *reinterpret_cast<const Vector *>(b + k * stride_b + LANES);
+        V row[COUNT];
+        for (int i = 0; i < COUNT; ++i) row[i] = load<V>(b + k * stride_b + i * LANES<T, BYTES>);
         for (int r = 0; r < R; ++r) {
             const T scalar = a[r * stride_am + k * stride_ak];
-            acc[r][0] += scalar * b0;
-            acc[r][1] += scalar * b1;
+            for (int i = 0; i < COUNT; ++i) acc[r][i] += scalar * row[i];
         }
     }
     for (int r = 0; r < R; ++r)
-        for (int i = 0; i < 2; ++i) *reinterpret_cast<Vector *>(c + r * stride_c + i * LANES) = acc[r][i];
+        for (int i = 0; i < COUNT; ++i) store(c + r * stride_c + i * LANES<T, BYTES>, acc[r][i]);
+}
+
+// The same with as many rows as c has, 8 / COUNT at a time: an addition waits for the one before it, but not for 7 others.
+template <class T, int BYTES, int COUNT>
+INLINE void product_columns(
+    T *c, Int stride_c, const T *a, Int stride_am, Int stride_ak, const T *b, Int stride_b, Int M, Int K
+) {
+    Int m = 0;
+    const auto tiles = [&](auto rows) {
+        for (; m + rows <= M; m += rows)
+            product_tile<T, BYTES, decltype(rows)::value, COUNT>(
+                c + m * stride_c, stride_c, a + m * stride_am, stride_am, stride_ak, b, stride_b, K
+            );
+    };
+    if constexpr (COUNT == 1) tiles(std::integral_constant<int, 8>());
+    tiles(std::integral_constant<int, 4>());
+    tiles(std::integral_constant<int, 2>());  // 10 outputs are 4, 4 and 2
+    tiles(std::integral_constant<int, 1>());
 }
 
 // c[m, n] += Σ_k a[m, k] b[k, n], up to the whole vectors that hold n < N.
@@ -75,22 +127,26 @@ template <class T, int BYTES>
 INLINE void product(
     T *c, Int stride_c, const T *a, Int stride_am, Int stride_ak, const T *b, Int stride_b, Int M, Int N, Int K
 ) {
-    constexpr Int LANES = 2 * BYTES / sizeof(T);
-    for (Int k = 0; k < K; k += TILE_K)
-        for (Int n = 0; n < N; n += LANES) {
-            const Int size = std::min(TILE_K, K - k);
-            const T *a_k = a + k * stride_ak, *b_kn = b + k * stride_b + n;
-            Int m = 0;
-            const auto tiles = [&](auto rows) {
-                for (; m + rows <= M; m += rows)
-                    product_tile<T, BYTES, decltype(rows)::value>(
-                        c + m * stride_c + n, stride_c, a_k + m * stride_am, stride_am, stride_ak, b_kn, stride_b, size
-                    );
-            };
-            tiles(std::integral_constant<int, TILE_M>());
-            tiles(std::integral_constant<int, 2>());  // 10 outputs are 4, 4 and 2
-            tiles(std::integral_constant<int, 1>());
-        }
+    constexpr Int ONE = LANES<T, BYTES>;
+    for (Int k = 0; k < K; k += TILE_K) {
+        const Int size = std::min(TILE_K, K - k);
+        const T *a_k = a + k * stride_ak, *b_k = b + k * stride_b;
+        Int n = 0;
+        for (; n + ONE < N; n += 2 * ONE)
+            product_columns<T, BYTES, 2>(c + n, stride_c, a_k, stride_am, stride_ak, b_k + n, stride_b, M, size);
+        if (n < N) product_columns<T, BYTES, 1>(c + n, stride_c, a_k, stride_am, stride_ak, b_k + n, stride_b, M, size);
+    }
+}
+
+// The same where rows of b and c are `padded`, so that short ones need short vectors.
+template <class T, int BYTES>
+INLINE void product_of_rows(
+    T *c, const T *a, Int stride_am, Int stride_ak, const T *b, Int stride, Int M, Int N, Int K
+) {
+    if (BYTES > FEW_BYTES && stride == LANES<T, FEW_BYTES>)
+        product_columns<T, FEW_BYTES, 1>(c, stride, a, stride_am, stride_ak, b, stride, M, K);
+    else
+        product<T, BYTES>(c, stride, a, stride_am, stride_ak, b, stride, M, N, K);
 }
 
 // to[n, m] = from[m, n], by blocks of 4 x 4 as long as there are such.
@@ -120,3 +176,4 @@ INLINE void transpose(T *__restrict to, Int stride_to, const T *__restrict from,
 }
 
 }  // namespace
+}  // namespace fusednn

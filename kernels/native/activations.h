@@ -1,0 +1,106 @@
+// What stands behind a layer: the value of each activation of step.h at z, and its slope, with PyTorch's formulas, so that
+// NaN and infinity come where they come there. What the slope is read off is the value h of some, and z of others.
+
+#pragma once
+
+#include "functions.h"
+#include "step.h"
+
+namespace fusednn {
+namespace {
+
+constexpr bool slope_is_of_value(ActivationName name) {
+    return name == IDENTITY || name == RELU || name == TANH || name == SIGMOID;
+}
+
+// The activation of this name, with its numbers: LeakyReLU's slope, ELU's alpha, softplus' beta and threshold.
+template <ActivationName NAME, class V>
+struct Activated {
+    typedef Number<V> T;
+    const T first, second;
+
+    // h of z.
+    INLINE V value(V z) const {
+            if constexpr (NAME == RELU) return z <= 0 ? V{} : z;  // NaN passes
+        else if constexpr (NAME == LEAKY_RELU) return z > 0 ? z : z * first;
+        if constexpr (NAME == ELU) return z > 0 ? z : first * expm1(z);
+        if constexpr (NAME == GELU) return z * gelu_cdf(z);
+        if constexpr (NAME == GELU_TANH) return T(0.5) * z * (1 + gelu_tanh(z));
+        if constexpr (NAME == SILU) return z / (1 + exp(-z));
+        if constexpr (NAME == TANH) return tanh(z);
+        if constexpr (NAME == SIGMOID) return sigmoid(z);
+        if constexpr (NAME == SOFTPLUS) return z * first > second ? z : log1p(exp(z * first)) / first;
+    }
+
+    // dz of dh; k is h or z.
+    INLINE V gradient(V dh, V k) const {
+            if constexpr (NAME == RELU) return k <= 0 ? V{} : dh;
+        if constexpr (NAME == LEAKY_RELU) return k > 0 ? dh : dh * first;
+        if constexpr (NAME == ELU) return k <= 0 ? dh * first * exp(k) : dh;
+        if constexpr (NAME == GELU) return dh * (gelu_cdf(k) + k * (T(0.398942280401432678) * exp(k * k * T(-0.5))));
+        if constexpr (NAME == GELU_TANH) return dh * gelu_tanh_slope(k);
+        if constexpr (NAME == SILU) return dh * (sigmoid(k) * (1 + k * (1 - sigmoid(k))));
+        if constexpr (NAME == TANH) return dh * (1 - k * k);
+        if constexpr (NAME == SIGMOID) return dh * (1 - k) * k;
+        if constexpr (NAME == SOFTPLUS) return k * first > second ? dh : dh * softplus_slope(k);
+    }
+
+  private:
+    static constexpr T TANH_SCALE = T(0.797884560802865356), CUBE = T(0.044715);  // sqrt(2 / π), and Hendrycks' number
+
+    // The share of the normal distribution below z.
+    static INLINE V gelu_cdf(V z) { return T(0.5) * (1 + erf(z * T(0.707106781186547524))); }
+
+    static INLINE V gelu_tanh(V z) { return tanh(TANH_SCALE * (z + CUBE * (z * z * z))); }
+
+    static INLINE V gelu_tanh_slope(V z) {
+        const V t = gelu_tanh(z);
+        return T(0.5) * (1 + t) + T(0.5) * z * (1 - t * t) * (TANH_SCALE * (1 + 3 * CUBE * (z * z)));
+    }
+
+    INLINE V softplus_slope(V z) const {
+        const V e = exp(z * first);
+        return e / (1 + e);  // NaN beyond the largest number, as in PyTorch
+    }
+};
+
+// Call `use` with the Activated of this activation; for the identity there is nothing to do.
+template <class V, class Use>
+INLINE void with_activation(const Activation &activation, Use use) {
+    typedef Number<V> T;
+    const T first = T(activation.numbers[0]), second = T(activation.numbers[1]);
+    switch (activation.name) {
+        case IDENTITY: return;
+        case RELU: return use(Activated<RELU, V>{first, second});
+        case LEAKY_RELU: return use(Activated<LEAKY_RELU, V>{first, second});
+        case ELU: return use(Activated<ELU, V>{first, second});
+        case GELU: return use(Activated<GELU, V>{first, second});
+        case GELU_TANH: return use(Activated<GELU_TANH, V>{first, second});
+        case SILU: return use(Activated<SILU, V>{first, second});
+        case TANH: return use(Activated<TANH, V>{first, second});
+        case SIGMOID: return use(Activated<SIGMOID, V>{first, second});
+        case SOFTPLUS: return use(Activated<SOFTPLUS, V>{first, second});
+    }
+}
+
+// h = activation(z) of n numbers, and of those up to a whole vector.
+template <class T, int BYTES>
+INLINE void activate(const Activation &activation, T *h, const T *z, Int n) {
+    typedef Vector<T, BYTES> V;
+    with_activation<V>(activation, [&](auto activated) {
+        for (Int i = 0; i < n; i += LANES<T, BYTES>) store(h + i, activated.value(load<V>(z + i)));
+    });
+}
+
+// Make dz of n numbers dh, and of those up to a whole vector; kept is h or z.
+template <class T, int BYTES>
+INLINE void deactivate(const Activation &activation, T *dh, const T *kept, Int n) {
+    typedef Vector<T, BYTES> V;
+    with_activation<V>(activation, [&](auto activated) {
+        for (Int i = 0; i < n; i += LANES<T, BYTES>)
+            store(dh + i, activated.gradient(load<V>(dh + i), load<V>(kept + i)));
+    });
+}
+
+}  // namespace
+}  // namespace fusednn

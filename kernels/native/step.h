@@ -1,0 +1,123 @@
+// What a training step is: ../step.py, whose names these are, in the same order, which a test compares. And what a call
+// that trains is given.
+//
+//     a = x;  for each layer: z = a Wᵀ + b, a = activation(z);  y = a
+//     loss of y and the targets; the gradient of each W and b;  the optimizer's rule on each
+
+#pragma once
+
+#include <cstdint>
+
+namespace fusednn {
+
+typedef int64_t Int;
+
+constexpr Int MOST_LAYERS = 8;
+
+enum ActivationName { IDENTITY, RELU, LEAKY_RELU, ELU, GELU, GELU_TANH, SILU, TANH, SIGMOID, SOFTPLUS };
+constexpr const char *ACTIVATIONS[] = {
+    "identity", "relu", "leaky_relu", "elu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "softplus",
+};
+
+enum LossName { CROSS_ENTROPY };
+constexpr const char *LOSSES[] = {"cross_entropy"};
+
+enum RuleName { ADAM, SGD, HEAVY_BALL, NESTEROV };
+constexpr const char *RULES[] = {"adam", "sgd", "momentum", "nesterov"};
+
+// The places in a row of the optimizer's table.
+enum Place {
+    STEP_SIZE, DECAY, SHRINK, SIGN,
+    MOMENTUM, UNDAMPED,
+    ROOT = 4, EPS, GRAD_PART, SQUARE_KEPT, SQUARE_PART,
+    ROW,
+};
+constexpr struct {
+    const char *name;
+    Place place;
+} PLACES[] = {
+    {"STEP_SIZE", STEP_SIZE}, {"DECAY", DECAY}, {"SHRINK", SHRINK}, {"SIGN", SIGN},
+    {"MOMENTUM", MOMENTUM}, {"UNDAMPED", UNDAMPED},
+    {"ROOT", ROOT}, {"EPS", EPS}, {"GRAD_PART", GRAD_PART}, {"SQUARE_KEPT", SQUARE_KEPT}, {"SQUARE_PART", SQUARE_PART},
+    {"ROW", ROW},
+};
+
+struct Activation {
+    ActivationName name;
+    double numbers[2];
+};
+
+struct Loss {
+    LossName name;
+    bool mean, weighted, smoothed;
+};
+
+struct Rule {
+    RuleName name;
+    bool coupled, decoupled, maximize;
+};
+
+// A weight or a bias; all that the rule has none of, and a missing bias, are null.
+template <class T>
+struct Parameter {
+    T *weight, *first, *second;  // the numbers, and their state
+    void *count;                 // of the steps that the optimizer made, a double or a float
+    bool double_count;
+};
+
+template <class T>
+struct Layer {
+    Int inputs, outputs;
+    Parameter<T> w, b;  // [outputs, inputs] and [outputs], contiguous
+    Activation activation;
+};
+
+template <class T>
+struct Step {
+    Int layers;
+    Layer<T> layer[MOST_LAYERS];
+    Loss loss;
+    Rule rule;
+    bool accuracy;
+    const T *class_weight;  // [classes], or null
+};
+
+// So many steps, the first one `position` rows into an epoch.
+template <class T>
+struct Job {
+    const T *x;            // [rows, inputs], any strides
+    Int stride_xm, stride_xi;
+    const Int *targets;    // [rows], any stride
+    Int stride_t;
+    const Int *order;      // the rows of the steps, one after the other
+    const T *table;        // [steps, 2 * layers, ROW]
+    T *losses, *accuracies;  // [steps]; the second or null
+    Int batch, epoch_rows, position, steps, ignore_index;
+    double label_smoothing;
+
+    // Call `use(step, rows, size)` for each step until it answers false.
+    template <class Use>
+    void each_step(Use use) const {
+        const Int *rows = order;
+        for (Int step = 0, from = position; step < steps; ++step) {
+            const Int left = epoch_rows - from, size = batch < left ? batch : left;
+            if (!use(step, rows, size)) return;
+            rows += size;
+            from = from + size >= epoch_rows ? 0 : from + size;
+        }
+    }
+};
+
+inline bool is_bad(Int label, Int classes, Int ignore_index) {
+    return (label < 0 || label >= classes) && label != ignore_index;
+}
+
+// mlp_training.cpp. The kinds of machine that it was compiled for; a later one is the better one.
+constexpr const char *MACHINES[] = {"plain", "AVX2", "AVX-512"};
+bool runs_on(Int machine);
+
+// Make the steps, and count them where the optimizer does. Throws std::bad_alloc before the first.
+template <class T>
+void train(Int machine, const Step<T> &step, const Job<T> &job);
+
+}  // namespace fusednn

@@ -1,274 +1,436 @@
-"""Whole training steps of Linear, ReLU, Linear with cross entropy, as many as asked, by one program in one launch.
+"""Whole training steps of a net of Linear layers, as many as asked, by one program in one launch.
 
-    h = relu(x W1ᵀ + b1)        y = h W2ᵀ + b2           loss = cross entropy of y
-    dW2 = dyᵀ h                 db2 = Σ dy               dh = dy W2 where not (h <= 0)
-    dW1 = dhᵀ x                 db1 = Σ dh               then the optimizer's step (adam.py) on each
+    a = x;  for each layer: z = a Wᵀ + b,  a = activation(z)       loss of the last a
+    dz = da · slope;  dW = dzᵀ a,  db = Σ dz,  da = dz W           then the optimizer's step (updates.py) on each
 
-A step gathers its rows of x through the order of the epoch. Tiles of the batch (BLOCK_B), of the hidden units (BLOCK_H)
-and of the inputs (BLOCK_I) are what is held in registers; all outputs are one tile (BLOCK_O). Parameters and the state
-of the optimizer lie in global memory, from where a small net never leaves the L1 cache of the one SM and a larger one
-streams from L2: held in registers they spill, at 64-128-10 even where they fit. What a step hands from one part to
-the next (h, in whose place dh comes, and dy) lies beside them. Nothing is added up in an order that could change, so
-the bits repeat.
+What a step is, is one value, a `Step` (step.py), and how it is cut another, `Tiles`: both are compile-time arguments.
+
+A step gathers its rows of x through the order of the epoch. Tiles of the batch, of the hidden units and of the inputs
+of a layer are what is held in registers; all outputs are one tile. Parameters and the state of the optimizer lie in
+global memory, from where a small net never leaves the L1 cache of the one SM and a larger one streams from L2: held in
+registers they spill, at 64-128-10 even where they fit. What a step hands from one part to the next lies beside them:
+
+    hidden      of each hidden layer the values, or the numbers before where the slope is read off those;
+                in place of the last layer's comes its dz, tile by tile, each right after the last use of the values
+    gradients   dz of the outputs, and two buffers that dz of the other layers takes in turns
+
+Nothing is added up in an order that could change, so the bits repeat.
 
 One program has several threads, and each barrier below stands between a store and a load of the same memory by others.
 """
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .adam import ROW, update
+from .activations import BEFORE, gradient, reads_before, value
 from .cross_entropy import float_bits
-from .cross_entropy_kernels import (
-    finish_gradient,
-    finish_losses,
-    load_labels,
-    load_masses,
-    softmax_losses,
-    split_smoothing,
-)
 from .launch import Launch, LaunchConfig, launch, plan
 from .linear import precision_of
+from .losses import loss_of
+from .step import Step
+from .updates import ROW, update
+
+SMALLEST = 16
+"""tl.dot takes no tile with fewer rows or columns."""
+
+
+class Tiles(NamedTuple):
+    """The most rows of the batch, hidden units and inputs of a layer in a tile, and all outputs; whether a batch is one
+    tile; the precision of products."""
+
+    batch: int
+    hidden: int
+    inputs: int
+    outputs: int
+    one_batch: bool
+    precision: str
+
+
+class Data(NamedTuple):
+    """x [N, I], targets [N], the rows of the steps one after the other, and class weights [O], any tensor without."""
+
+    x: Any
+    targets: Any
+    order: Any
+    class_weight: Any
+    stride_xm: int
+    stride_xi: int
+    stride_t: int
+
+
+def block(size: int) -> int:
+    """The tile that holds `size` rows or columns."""
+    return max(SMALLEST, triton.next_power_of_2(size))
+
+
+@triton.constexpr_function
+def fitted(most, size):
+    """The tile of a layer with `size` units: no larger than `most`, or than there are."""
+    return min(most, max(16, triton.next_power_of_2(size)))
+
+
+@triton.jit
+def kept_value(h, ACTIVATION: tl.constexpr):
+    """The value of what `hidden` has. What is masked off may become any finite number: the other factor is 0 there."""
+    if reads_before(ACTIVATION, BEFORE):
+        return value(h, ACTIVATION)
+    else:
+        return h
+
+
+@triton.jit
+def load_inputs(data, hidden, rows, offs_b, mask_b, offs_k, LAYER: tl.constexpr, STEP: tl.constexpr):
+    """Inputs `offs_k` of a layer: of the rows of x, or the values of the layer before."""
+    K: tl.constexpr = STEP.sizes[LAYER]
+    mask = mask_b[:, None] & (offs_k < K)[None, :]
+    if LAYER == 0:
+        x_ptrs = data.x + (rows * data.stride_xm)[:, None] + (offs_k.to(tl.int64) * data.stride_xi)[None, :]
+        return tl.load(x_ptrs, mask=mask, other=0.0)
+    else:
+        h = tl.load(hidden[LAYER - 1] + offs_b[:, None] * K + offs_k[None, :], mask=mask, other=0.0)
+        return kept_value(h, STEP.activations[LAYER - 1])
+
+
+@triton.jit
+def linear_tile(
+    data, weights, hidden, rows, offs_b, mask_b, offs_n,
+    BLOCK_N: tl.constexpr, LAYER: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """z = a Wᵀ + b of the units `offs_n` of a layer: [BLOCK_B, BLOCK_N]."""
+    K: tl.constexpr = STEP.sizes[LAYER]
+    N: tl.constexpr = STEP.sizes[LAYER + 1]
+    BLOCK_B: tl.constexpr = TILES.batch
+    BLOCK_K: tl.constexpr = fitted(TILES.inputs, K)
+    dtype: tl.constexpr = weights[0].dtype.element_ty
+    z = tl.zeros((BLOCK_B, BLOCK_N), dtype)
+    for k in range(0, K, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        a = load_inputs(data, hidden, rows, offs_b, mask_b, offs_k, LAYER, STEP)
+        w_ptrs = weights[2 * LAYER] + offs_n[None, :] * K + offs_k[:, None]
+        w = tl.load(w_ptrs, mask=(offs_n < N)[None, :] & (offs_k < K)[:, None], other=0.0)
+        z = tl.dot(a, w, z, input_precision=TILES.precision, out_dtype=dtype)
+    if STEP.biases[LAYER]:
+        z += tl.load(weights[2 * LAYER + 1] + offs_n, mask=offs_n < N, other=0.0)[None, :]
+    return z
 
 
 @triton.jit
 def hidden_tile(
-    x_ptr, w_ptr, b_ptr, rows, mask_b, offs_h, strides,
-    I: tl.constexpr, H: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr,
-):  # fmt: skip
-    """relu(x W1ᵀ + b1) of some rows of x and the hidden units `offs_h`: [BLOCK_B, BLOCK_H]."""
-    dtype: tl.constexpr = w_ptr.dtype.element_ty
-    z = tl.zeros((BLOCK_B, BLOCK_H), dtype)
-    for i in range(0, I, BLOCK_I):
-        offs_i = i + tl.arange(0, BLOCK_I)
-        x_ptrs = x_ptr + (rows * strides[0])[:, None] + (offs_i.to(tl.int64) * strides[1])[None, :]
-        x = tl.load(x_ptrs, mask=mask_b[:, None] & (offs_i < I)[None, :], other=0.0)
-        w_ptrs = w_ptr + offs_h[None, :] * I + offs_i[:, None]
-        w = tl.load(w_ptrs, mask=(offs_h < H)[None, :] & (offs_i < I)[:, None], other=0.0)
-        z = tl.dot(x, w, z, input_precision=PRECISION, out_dtype=dtype)
-    if HAS_BIAS:
-        z += tl.load(b_ptr + offs_h, mask=offs_h < H, other=0.0)[None, :]
-    return tl.where(z <= 0, 0.0, z)
+    data, weights, hidden, rows, offs_b, mask_b, n, LAYER: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr
+):
+    """The values of the units of a hidden layer from `n` on; leaves them, or the numbers before, in `hidden`."""
+    N: tl.constexpr = STEP.sizes[LAYER + 1]
+    BLOCK_N: tl.constexpr = fitted(TILES.hidden, N)
+    offs_n = n + tl.arange(0, BLOCK_N)
+    z = linear_tile(data, weights, hidden, rows, offs_b, mask_b, offs_n, BLOCK_N, LAYER, STEP, TILES)
+    h = value(z, STEP.activations[LAYER])
+    kept = z if reads_before(STEP.activations[LAYER], BEFORE) else h
+    mask = mask_b[:, None] & (offs_n < N)[None, :]
+    tl.store(hidden[LAYER] + offs_b[:, None] * N + offs_n[None, :], kept, mask=mask)
+    return h
 
 
 @triton.jit
-def loss_tile(
-    y, target_ptr, class_weight_ptr, rows, mask_b, offs_o, stride, ignore_index, smoothing,
-    O: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTHED: tl.constexpr,
-):  # fmt: skip
-    """Of logits y [BLOCK_B, BLOCK_O]: losses, weights of the rows, dy of their sum, rows that count, and are right."""
-    dtype: tl.constexpr = y.dtype
-    MASSES: tl.constexpr = WEIGHTED and SMOOTHED
+def output_tile(
+    data, weights, hidden, rows, offs_b, mask_b, offs_o, LAYER: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr
+):
+    """z of the last of several layers, summed up while the tiles of the layer before are made."""
+    K: tl.constexpr = STEP.sizes[LAYER]
+    O: tl.constexpr = STEP.sizes[LAYER + 1]
+    BLOCK_B: tl.constexpr = TILES.batch
+    BLOCK_O: tl.constexpr = TILES.outputs
+    BLOCK_K: tl.constexpr = fitted(TILES.hidden, K)
+    dtype: tl.constexpr = weights[0].dtype.element_ty
     mask_o = offs_o < O
-    mask = mask_b[:, None] & mask_o[None, :]
-    label, weight, valid, in_range = load_labels(
-        target_ptr, class_weight_ptr, rows, mask_b, O, 1, (stride, 0, 0), ignore_index, False, WEIGHTED, dtype
-    )
-    kept, share = split_smoothing(weight, smoothing, O, SMOOTHED)
-    a, mass = y, weight
-    if MASSES:
-        a = load_masses(
-            target_ptr, class_weight_ptr, label, kept, share, smoothing, offs_o, mask, O, False, WEIGHTED, SMOOTHED
-        )
-        mass = tl.sum(a, axis=1)
-
-    y = tl.where(mask_o[None, :], y, float("-inf"))
-    _, exps, total_exp, loss = softmax_losses(y, a, mass, label, kept, share, offs_o, mask, MASSES, SMOOTHED)
-    p = exps / total_exp[:, None]
-    dy = finish_gradient(p, a, mass, label, kept, share, offs_o, 1.0, valid, in_range, MASSES)
-    largest = tl.argmax(tl.where(y == y, y, float("inf")), axis=1)  # the first of several; NaN is the largest
-    return finish_losses(loss, valid, in_range), weight, tl.where(mask, dy, 0.0), valid, valid & (largest == label)
+    z = tl.zeros((BLOCK_B, BLOCK_O), dtype)
+    for k in range(0, K, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        h = hidden_tile(data, weights, hidden, rows, offs_b, mask_b, k, LAYER - 1, STEP, TILES)
+        w_ptrs = weights[2 * LAYER] + offs_o[None, :] * K + offs_k[:, None]
+        w = tl.load(w_ptrs, mask=mask_o[None, :] & (offs_k < K)[:, None], other=0.0)
+        z = tl.dot(h, w, z, input_precision=TILES.precision, out_dtype=dtype)
+    if STEP.biases[LAYER]:
+        z += tl.load(weights[2 * LAYER + 1] + offs_o, mask=mask_o, other=0.0)[None, :]
+    return z
 
 
 @triton.jit
 def forward_tile(
-    x_ptr, target_ptr, class_weight_ptr, weights, buffers, rows, offs_b, mask_b, strides, ignore_index, smoothing,
-    I: tl.constexpr, H: tl.constexpr, O: tl.constexpr, HAS_B1: tl.constexpr, HAS_B2: tl.constexpr,
-    WEIGHTED: tl.constexpr, SMOOTHED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
+    data, weights, hidden, gradients, rows, offs_b, mask_b, ignore_index, smoothing,
+    STEP: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Forward of a tile of the batch. Leaves h and dy, which is not yet divided for the mean; returns the sums of it.
+    """Forward of a tile of the batch. Leaves dz of the outputs, which is not yet divided for the mean; returns its sums.
 
-    They are of the losses, of the rows' weights, of dy, of the rows that count and of those that are right.
+    They are of the losses, of the rows' weights, of dz, of the rows that count and of those that are right.
     """
-    w1_ptr, b1_ptr, w2_ptr, b2_ptr = weights
-    h_ptr, dy_ptr, _, _ = buffers
-    dtype: tl.constexpr = w1_ptr.dtype.element_ty
+    LAYERS: tl.constexpr = len(STEP.biases)
+    O: tl.constexpr = STEP.sizes[LAYERS]
+    BLOCK_O: tl.constexpr = TILES.outputs
+    dtype: tl.constexpr = weights[0].dtype.element_ty
+    for layer in tl.static_range(LAYERS - 2):
+        for n in range(0, STEP.sizes[layer + 1], fitted(TILES.hidden, STEP.sizes[layer + 1])):
+            hidden_tile(data, weights, hidden, rows, offs_b, mask_b, n, layer, STEP, TILES)
+        tl.debug_barrier()  # the layer is there
     offs_o = tl.arange(0, BLOCK_O)
-    mask_o = offs_o < O
-    y = tl.zeros((BLOCK_B, BLOCK_O), dtype)
-    for j in range(0, H, BLOCK_H):
-        offs_h = j + tl.arange(0, BLOCK_H)
-        mask_h = offs_h < H
-        h = hidden_tile(
-            x_ptr, w1_ptr, b1_ptr, rows, mask_b, offs_h, strides, I, H, HAS_B1, PRECISION, BLOCK_B, BLOCK_H, BLOCK_I
-        )
-        tl.store(h_ptr + offs_b[:, None] * H + offs_h[None, :], h, mask=mask_b[:, None] & mask_h[None, :])
-        w2 = tl.load(w2_ptr + offs_o[None, :] * H + offs_h[:, None], mask=mask_o[None, :] & mask_h[:, None], other=0.0)
-        y = tl.dot(h, w2, y, input_precision=PRECISION, out_dtype=dtype)
-    if HAS_B2:
-        y += tl.load(b2_ptr + offs_o, mask=mask_o, other=0.0)[None, :]
-    loss, weight, dy, valid, right = loss_tile(
-        y, target_ptr, class_weight_ptr, rows, mask_b, offs_o, strides[2], ignore_index, smoothing,
-        O, WEIGHTED, SMOOTHED,
-    )  # fmt: skip
-    tl.store(dy_ptr + offs_b[:, None] * BLOCK_O + offs_o[None, :], dy, mask=mask_b[:, None])
+    if LAYERS == 1:
+        z = linear_tile(data, weights, hidden, rows, offs_b, mask_b, offs_o, BLOCK_O, 0, STEP, TILES)
+    else:
+        z = output_tile(data, weights, hidden, rows, offs_b, mask_b, offs_o, LAYERS - 1, STEP, TILES)
+
+    y = value(z, STEP.activations[LAYERS - 1])
+    loss, weight, dy, valid, right = loss_of(y, data, rows, mask_b, offs_o, ignore_index, smoothing, O, STEP.loss)
+    slope_at = z if reads_before(STEP.activations[LAYERS - 1], BEFORE) else y
+    dz = gradient(dy, slope_at, STEP.activations[LAYERS - 1])
+    dz = tl.where(mask_b[:, None] & (offs_o < O)[None, :], dz, 0.0)
+    tl.store(gradients[0] + offs_b[:, None] * BLOCK_O + offs_o[None, :], dz, mask=mask_b[:, None])
     counted, rights = tl.sum(valid.to(dtype)), tl.sum(right.to(dtype))
-    return tl.sum(loss), tl.sum(weight), tl.sum(dy, axis=0), counted, rights
+    return tl.sum(loss), tl.sum(weight), tl.sum(dz, axis=0), counted, rights
+
+
+@triton.jit
+def step_on(parameters, PARAMETER: tl.constexpr, offs, mask, g, row_ptr, STEP: tl.constexpr):
+    """The optimizer's step on some elements of a parameter; their order is W1, b1, W2, b2, ..."""
+    weights, firsts, seconds = parameters
+    row_ptr += PARAMETER * ROW
+    update(weights[PARAMETER], firsts[PARAMETER], seconds[PARAMETER], offs, mask, g, row_ptr, STEP.rule)
+
+
+@triton.jit
+def dz_place(hidden, gradients, LAYER: tl.constexpr, LAYERS: tl.constexpr):
+    """Where dz of a layer is in backward."""
+    if LAYER == LAYERS - 1:
+        return gradients[0]
+    elif LAYER == LAYERS - 2:
+        return hidden[LAYER]
+    else:
+        return gradients[1 + LAYER % 2]
 
 
 @triton.jit
 def backward_output(
-    weights, firsts, seconds, row_ptr, h_ptr, dy_ptr, offs_h, size, scale,
-    H: tl.constexpr, O: tl.constexpr, HAS_B1: tl.constexpr,
-    RULE: tl.constexpr, COUPLED: tl.constexpr, DECOUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, PRECISION: tl.constexpr,
-    ONE_TILE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_O: tl.constexpr,
+    parameters, hidden, gradients, row_ptr, k, size, scale,
+    LAYER: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Step on the columns `offs_h` of W2 and on b1; leaves dh in the place of h."""
-    dtype: tl.constexpr = weights[2].dtype.element_ty
-    offs_o = tl.arange(0, BLOCK_O)
-    mask_o, mask_h = offs_o < O, offs_h < H
-    offs_w, mask_w = offs_o[:, None] * H + offs_h[None, :], mask_o[:, None] & mask_h[None, :]
-    w2 = tl.load(weights[2] + offs_w, mask=mask_w, other=0.0)
-    dw2 = tl.zeros((BLOCK_O, BLOCK_H), dtype)
-    db1 = tl.zeros((BLOCK_H,), dtype)
-    for b in range(0, BLOCK_B if ONE_TILE else size, BLOCK_B):
+    """Step on the columns of the last W from `k` on and on b of the layer before, whose dz comes in place of h."""
+    K: tl.constexpr = STEP.sizes[LAYER]
+    O: tl.constexpr = STEP.sizes[LAYER + 1]
+    BLOCK_B: tl.constexpr = TILES.batch
+    BLOCK_O: tl.constexpr = TILES.outputs
+    BLOCK_K: tl.constexpr = fitted(TILES.hidden, K)
+    weights = parameters[0]
+    dtype: tl.constexpr = weights[0].dtype.element_ty
+    offs_o, offs_k = tl.arange(0, BLOCK_O), k + tl.arange(0, BLOCK_K)
+    mask_o, mask_k = offs_o < O, offs_k < K
+    offs_w, mask_w = offs_o[:, None] * K + offs_k[None, :], mask_o[:, None] & mask_k[None, :]
+    w = tl.load(weights[2 * LAYER] + offs_w, mask=mask_w, other=0.0)
+    dw = tl.zeros((BLOCK_O, BLOCK_K), dtype)
+    db = tl.zeros((BLOCK_K,), dtype)
+    for b in range(0, BLOCK_B if TILES.one_batch else size, BLOCK_B):
         offs_b = b + tl.arange(0, BLOCK_B)
         mask_b = offs_b < size
-        dy = tl.load(dy_ptr + offs_b[:, None] * BLOCK_O + offs_o[None, :], mask=mask_b[:, None], other=0.0) * scale
-        h_ptrs, mask = h_ptr + offs_b[:, None] * H + offs_h[None, :], mask_b[:, None] & mask_h[None, :]
+        dy_ptrs = gradients[0] + offs_b[:, None] * BLOCK_O + offs_o[None, :]
+        dy = tl.load(dy_ptrs, mask=mask_b[:, None], other=0.0) * scale
+        h_ptrs, mask = hidden[LAYER - 1] + offs_b[:, None] * K + offs_k[None, :], mask_b[:, None] & mask_k[None, :]
         h = tl.load(h_ptrs, mask=mask, other=0.0)
-        dw2 = tl.dot(tl.trans(dy), h, dw2, input_precision=PRECISION, out_dtype=dtype)
-        dh = tl.where(h <= 0, 0.0, tl.dot(dy, w2, input_precision=PRECISION, out_dtype=dtype))
-        db1 += tl.sum(dh, axis=0)
-        tl.store(h_ptrs, dh, mask=mask)
-    tl.debug_barrier()  # dh is there, and W2 was read
-    update(
-        weights[2], firsts[2], seconds[2], offs_w, mask_w, dw2, row_ptr + 2 * ROW, RULE, COUPLED, DECOUPLED, MAXIMIZE
-    )
-    if HAS_B1:
-        update(
-            weights[1], firsts[1], seconds[1], offs_h, mask_h, db1, row_ptr + ROW, RULE, COUPLED, DECOUPLED, MAXIMIZE
-        )
+        a = kept_value(h, STEP.activations[LAYER - 1])
+        dw = tl.dot(tl.trans(dy), a, dw, input_precision=TILES.precision, out_dtype=dtype)
+        da = tl.dot(dy, w, input_precision=TILES.precision, out_dtype=dtype)
+        dz = gradient(da, h, STEP.activations[LAYER - 1])
+        db += tl.sum(dz, axis=0)
+        tl.store(h_ptrs, dz, mask=mask)
+    tl.debug_barrier()  # dz is there, and W was read
+    step_on(parameters, 2 * LAYER, offs_w, mask_w, dw, row_ptr, STEP)
+    if STEP.biases[LAYER - 1]:
+        step_on(parameters, 2 * LAYER - 1, offs_k, mask_k, db, row_ptr, STEP)
+
+
+@triton.jit
+def backward_hidden(
+    parameters, hidden, gradients, row_ptr, k, size, LAYER: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr
+):
+    """dz of the units from `k` on of the layer before a hidden layer, which it leaves in its place; step on their b."""
+    K: tl.constexpr = STEP.sizes[LAYER]
+    N: tl.constexpr = STEP.sizes[LAYER + 1]
+    LAYERS: tl.constexpr = len(STEP.biases)
+    BLOCK_B: tl.constexpr = TILES.batch
+    BLOCK_K: tl.constexpr = fitted(TILES.hidden, K)
+    BLOCK_N: tl.constexpr = fitted(TILES.hidden, N)
+    weights = parameters[0]
+    dtype: tl.constexpr = weights[0].dtype.element_ty
+    dz_ptr, to_ptr = dz_place(hidden, gradients, LAYER, LAYERS), dz_place(hidden, gradients, LAYER - 1, LAYERS)
+    offs_k = k + tl.arange(0, BLOCK_K)
+    mask_k = offs_k < K
+    db = tl.zeros((BLOCK_K,), dtype)
+    for b in range(0, BLOCK_B if TILES.one_batch else size, BLOCK_B):
+        offs_b = b + tl.arange(0, BLOCK_B)
+        mask_b = offs_b < size
+        da = tl.zeros((BLOCK_B, BLOCK_K), dtype)
+        for n in range(0, N, BLOCK_N):
+            offs_n = n + tl.arange(0, BLOCK_N)
+            mask_n = offs_n < N
+            dz_ptrs = dz_ptr + offs_b[:, None] * N + offs_n[None, :]
+            dz = tl.load(dz_ptrs, mask=mask_b[:, None] & mask_n[None, :], other=0.0)
+            w_ptrs = weights[2 * LAYER] + offs_n[:, None] * K + offs_k[None, :]
+            w = tl.load(w_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
+            da = tl.dot(dz, w, da, input_precision=TILES.precision, out_dtype=dtype)
+        offs_h, mask = offs_b[:, None] * K + offs_k[None, :], mask_b[:, None] & mask_k[None, :]
+        h = tl.load(hidden[LAYER - 1] + offs_h, mask=mask, other=0.0)
+        dz = gradient(da, h, STEP.activations[LAYER - 1])
+        db += tl.sum(dz, axis=0)
+        tl.store(to_ptr + offs_h, dz, mask=mask)
+    tl.debug_barrier()  # dz is there, and these columns of W were read
+    if STEP.biases[LAYER - 1]:
+        step_on(parameters, 2 * LAYER - 1, offs_k, mask_k, db, row_ptr, STEP)
+
+
+@triton.jit
+def backward_weights(
+    data, parameters, hidden, gradients, order_ptr, row_ptr, n, k, size, scale,
+    LAYER: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Step on a tile of W: the rows from `n` on, the columns from `k` on."""
+    LAYERS: tl.constexpr = len(STEP.biases)
+    K: tl.constexpr = STEP.sizes[LAYER]
+    N: tl.constexpr = STEP.sizes[LAYER + 1]
+    BLOCK_B: tl.constexpr = TILES.batch
+    BLOCK_N: tl.constexpr = TILES.outputs if LAYERS == 1 else fitted(TILES.hidden, N)
+    BLOCK_K: tl.constexpr = fitted(TILES.inputs if LAYER == 0 else TILES.hidden, K)
+    COLUMNS: tl.constexpr = TILES.outputs if LAYERS == 1 else N
+    dtype: tl.constexpr = gradients[0].dtype.element_ty
+    offs_n, offs_k = n + tl.arange(0, BLOCK_N), k + tl.arange(0, BLOCK_K)
+    mask_n, mask_k = offs_n < N, offs_k < K
+    dz_ptr = dz_place(hidden, gradients, LAYER, LAYERS)
+    dw = tl.zeros((BLOCK_N, BLOCK_K), dtype)
+    for b in range(0, BLOCK_B if TILES.one_batch else size, BLOCK_B):
+        offs_b = b + tl.arange(0, BLOCK_B)
+        mask_b = offs_b < size
+        rows = tl.load(order_ptr + offs_b, mask=mask_b, other=0) if LAYER == 0 else offs_b
+        a = load_inputs(data, hidden, rows, offs_b, mask_b, offs_k, LAYER, STEP)
+        dz_ptrs = dz_ptr + offs_b[None, :] * COLUMNS + offs_n[:, None]
+        dz = tl.load(dz_ptrs, mask=mask_n[:, None] & mask_b[None, :], other=0.0)
+        if LAYERS == 1:
+            dz *= scale
+        dw = tl.dot(dz, a, dw, input_precision=TILES.precision, out_dtype=dtype)
+    offs_w, mask_w = offs_n[:, None] * K + offs_k[None, :], mask_n[:, None] & mask_k[None, :]
+    step_on(parameters, 2 * LAYER, offs_w, mask_w, dw, row_ptr, STEP)
 
 
 @triton.jit
 def backward_input(
-    x_ptr, order_ptr, w_ptr, m_ptr, v_ptr, row_ptr, dh_ptr, offs_h, size, strides,
-    I: tl.constexpr, H: tl.constexpr,
-    RULE: tl.constexpr, COUPLED: tl.constexpr, DECOUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, PRECISION: tl.constexpr,
-    ONE_TILE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr,
-):  # fmt: skip
-    """Step on the rows `offs_h` of W1."""
-    dtype: tl.constexpr = w_ptr.dtype.element_ty
-    mask_h = offs_h < H
-    for i in range(0, I, BLOCK_I):
-        offs_i = i + tl.arange(0, BLOCK_I)
-        mask_i = offs_i < I
-        dw = tl.zeros((BLOCK_H, BLOCK_I), dtype)
-        for b in range(0, BLOCK_B if ONE_TILE else size, BLOCK_B):
-            offs_b = b + tl.arange(0, BLOCK_B)
-            mask_b = offs_b < size
-            rows = tl.load(order_ptr + offs_b, mask=mask_b, other=0)
-            x_ptrs = x_ptr + (rows * strides[0])[:, None] + (offs_i.to(tl.int64) * strides[1])[None, :]
-            x = tl.load(x_ptrs, mask=mask_b[:, None] & mask_i[None, :], other=0.0)
-            dh_ptrs = dh_ptr + offs_b[None, :] * H + offs_h[:, None]
-            dh = tl.load(dh_ptrs, mask=mask_b[None, :] & mask_h[:, None], other=0.0)
-            dw = tl.dot(dh, x, dw, input_precision=PRECISION, out_dtype=dtype)
-        offs_w, mask_w = offs_h[:, None] * I + offs_i[None, :], mask_h[:, None] & mask_i[None, :]
-        update(w_ptr, m_ptr, v_ptr, offs_w, mask_w, dw, row_ptr, RULE, COUPLED, DECOUPLED, MAXIMIZE)
+    data, parameters, hidden, gradients, order_ptr, row_ptr, n, size, scale, STEP: tl.constexpr, TILES: tl.constexpr
+):
+    """Step on the rows of W1 from `n` on."""
+    for k in range(0, STEP.sizes[0], fitted(TILES.inputs, STEP.sizes[0])):
+        backward_weights(data, parameters, hidden, gradients, order_ptr, row_ptr, n, k, size, scale, 0, STEP, TILES)
+
+
+@triton.jit
+def backward(
+    data, parameters, hidden, gradients, order_ptr, row_ptr, size, scale, STEP: tl.constexpr, TILES: tl.constexpr
+):
+    """Backward and the optimizer's step on all parameters but the last bias."""
+    LAYERS: tl.constexpr = len(STEP.biases)
+    if LAYERS > 1:
+        for k in tl.range(0, STEP.sizes[LAYERS - 1], fitted(TILES.hidden, STEP.sizes[LAYERS - 1]), num_stages=1):
+            backward_output(parameters, hidden, gradients, row_ptr, k, size, scale, LAYERS - 1, STEP, TILES)
+            if LAYERS == 2:
+                backward_input(data, parameters, hidden, gradients, order_ptr, row_ptr, k, size, scale, STEP, TILES)
+    for i in tl.static_range(LAYERS - 2):
+        if i > 1:
+            tl.debug_barrier()  # dz of two layers behind was read, whose place the next one takes
+        for k in tl.range(0, STEP.sizes[LAYERS - 2 - i], fitted(TILES.hidden, STEP.sizes[LAYERS - 2 - i]), num_stages=1):
+            backward_hidden(parameters, hidden, gradients, row_ptr, k, size, LAYERS - 2 - i, STEP, TILES)
+            for n in range(0, STEP.sizes[LAYERS - 1 - i], fitted(TILES.hidden, STEP.sizes[LAYERS - 1 - i])):
+                backward_weights(
+                    data, parameters, hidden, gradients, order_ptr, row_ptr, n, k, size, scale,
+                    LAYERS - 2 - i, STEP, TILES,
+                )  # fmt: skip
+    if LAYERS == 1:
+        backward_input(data, parameters, hidden, gradients, order_ptr, row_ptr, 0, size, scale, STEP, TILES)
+    elif LAYERS > 2:
+        for n in tl.range(0, STEP.sizes[1], fitted(TILES.hidden, STEP.sizes[1]), num_stages=1):
+            backward_input(data, parameters, hidden, gradients, order_ptr, row_ptr, n, size, scale, STEP, TILES)
 
 
 @triton.jit(do_not_specialize=["epoch_rows", "batch_size", "position", "steps", "ignore_index", "smoothing"])
 def mlp_training_kernel(
-    x_ptr, target_ptr, order_ptr, class_weight_ptr, weights, firsts, seconds, table_ptr, buffers, strides,
-    epoch_rows, batch_size, position, steps, ignore_index, smoothing,
-    I: tl.constexpr, H: tl.constexpr, O: tl.constexpr, HAS_B1: tl.constexpr, HAS_B2: tl.constexpr,
-    MEAN: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTHED: tl.constexpr, ACCURACY: tl.constexpr,
-    RULE: tl.constexpr, COUPLED: tl.constexpr, DECOUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, PRECISION: tl.constexpr,
-    ONE_TILE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
+    table_ptr, data, weights, firsts, seconds, hidden, gradients, traces,
+    epoch_rows, batch_size, position, steps, ignore_index, smoothing, STEP: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """`steps` steps, the first one `position` rows into an epoch of `epoch_rows`. One program.
 
-    weights, firsts and seconds are W1, b1, W2, b2 and the state of each; buffers h, dy, the losses and the accuracies;
-    strides those of x and of the target. The table has a row for each step and parameter.
+    weights, firsts and seconds are W1, b1, W2, ... and the state of each; traces the losses and the accuracies. The
+    table has a row for each step and parameter.
     """
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    offs_o = tl.arange(0, BLOCK_O)
+    LAYERS: tl.constexpr = len(STEP.biases)
+    O: tl.constexpr = STEP.sizes[LAYERS]
+    BLOCK_B: tl.constexpr = TILES.batch
+    BLOCK_O: tl.constexpr = TILES.outputs
+    dtype: tl.constexpr = table_ptr.dtype.element_ty
+    parameters = (weights, firsts, seconds)
+    order_ptr = data.order
     for step in tl.range(steps, num_stages=1):  # no load may come before a store of the step before
         size = tl.minimum(batch_size, epoch_rows - position)
         zero = tl.full((), 0, dtype)
         loss, weight, counted, right = zero, zero, zero, zero
-        db2 = tl.zeros((BLOCK_O,), dtype)
-        for b in range(0, BLOCK_B if ONE_TILE else size, BLOCK_B):
+        db = tl.zeros((BLOCK_O,), dtype)
+        for b in range(0, BLOCK_B if TILES.one_batch else size, BLOCK_B):
             offs_b = b + tl.arange(0, BLOCK_B)
             mask_b = offs_b < size
             rows = tl.load(order_ptr + offs_b, mask=mask_b, other=0)
-            loss_b, weight_b, db2_b, counted_b, right_b = forward_tile(
-                x_ptr, target_ptr, class_weight_ptr, weights, buffers, rows, offs_b, mask_b, strides,
-                ignore_index, smoothing, I, H, O, HAS_B1, HAS_B2, WEIGHTED, SMOOTHED, PRECISION,
-                BLOCK_B, BLOCK_H, BLOCK_I, BLOCK_O,
+            loss_b, weight_b, db_b, counted_b, right_b = forward_tile(
+                data, weights, hidden, gradients, rows, offs_b, mask_b, ignore_index, smoothing, STEP, TILES
+            )
+            loss, weight, db, counted, right = (
+                loss + loss_b, weight + weight_b, db + db_b, counted + counted_b, right + right_b
             )  # fmt: skip
-            loss, weight, db2, counted, right = (
-                loss + loss_b, weight + weight_b, db2 + db2_b, counted + counted_b, right + right_b
-            )  # fmt: skip
-        tl.store(buffers[2] + step, loss / weight if MEAN else loss)
-        if ACCURACY:
-            tl.store(buffers[3] + step, right / counted)
-        scale = tl.where(counted > 0, 1.0 / weight, 1.0) if MEAN else tl.full((), 1.0, dtype)  # no rows: no gradient
-        row_ptr = table_ptr + step * (4 * ROW)
-        tl.debug_barrier()  # h and dy are there
+        tl.store(traces[0] + step, loss / weight if STEP.loss.mean else loss)
+        if STEP.accuracy:
+            tl.store(traces[1] + step, right / counted)
+        one = tl.full((), 1.0, dtype)
+        scale = tl.where(counted > 0, 1.0 / weight, 1.0) if STEP.loss.mean else one  # no rows: no gradient
+        row_ptr = table_ptr + step * (2 * LAYERS * ROW)
+        tl.debug_barrier()  # hidden and dz are there, and the parameters were read
 
-        for j in tl.range(0, H, BLOCK_H, num_stages=1):
-            offs_h = j + tl.arange(0, BLOCK_H)
-            backward_output(
-                weights, firsts, seconds, row_ptr, buffers[0], buffers[1], offs_h, size, scale, H, O, HAS_B1,
-                RULE, COUPLED, DECOUPLED, MAXIMIZE, PRECISION, ONE_TILE, BLOCK_B, BLOCK_H, BLOCK_O,
-            )  # fmt: skip
-            backward_input(
-                x_ptr, order_ptr, weights[0], firsts[0], seconds[0], row_ptr, buffers[0], offs_h, size, strides, I, H,
-                RULE, COUPLED, DECOUPLED, MAXIMIZE, PRECISION, ONE_TILE, BLOCK_B, BLOCK_H, BLOCK_I,
-            )  # fmt: skip
-        if HAS_B2:
-            update(
-                weights[3], firsts[3], seconds[3], offs_o, offs_o < O, db2 * scale, row_ptr + 3 * ROW,
-                RULE, COUPLED, DECOUPLED, MAXIMIZE,
-            )  # fmt: skip
+        backward(data, parameters, hidden, gradients, order_ptr, row_ptr, size, scale, STEP, TILES)
+        if STEP.biases[LAYERS - 1]:
+            offs_o = tl.arange(0, BLOCK_O)
+            step_on(parameters, 2 * LAYERS - 1, offs_o, offs_o < O, db * scale, row_ptr, STEP)
         order_ptr += size
         position = tl.where(position + size >= epoch_rows, 0, position + size)
-        tl.debug_barrier()  # the parameters are there
+        tl.debug_barrier()  # the parameters are there, and hidden and dz were read
 
 
 CONFIGS = {
-    # Of each architecture and precision, rows (most rows of a batch, most inputs, configuration), the first that holds:
-    # (block_b, block_h, block_i, num_warps, num_stages) with the largest tiles of the batch, hidden units and inputs.
+    # Of each architecture and precision, rows (most layers, most rows of a batch, most inputs, configuration), the
+    # first that holds: (block_b, block_h, block_i, num_warps, num_stages) with the largest tiles of the batch, of hidden
+    # units and of a layer's inputs.
     # Unmeasured but for sm_90: chosen for the fewest instructions a step that spill at most 32 bytes.
     # On an H100 (bench/results), us a step of the row and of the best of the sweep: 64-128-10 at batch 32, TF32 12.3,
     # and 12.2, exact 24.9; at 256, TF32 90 and 79, in tiles that spill where the hidden units are 64; 784-128-10 at
     # 128, TF32 253 and exact 891, both the best.
     ("sm_90", "tf32"): (
-        (32, None, (32, 128, 64, 8, 2)), (None, 64, (64, 32, 64, 8, 1)), (None, None, (64, 64, 64, 8, 1)),
+        (2, 32, None, (32, 128, 64, 8, 2)), (2, None, 64, (64, 32, 64, 8, 1)), (None, None, None, (64, 64, 64, 8, 1)),
     ),
-    ("sm_100", "tf32"): ((32, None, (32, 128, 64, 8, 1)), (None, None, (64, 64, 64, 8, 1))),
-    ("sm_80", "tf32"): ((32, None, (32, 64, 64, 8, 1)), (None, None, (64, 64, 64, 8, 1))),
-    ("sm_90", "ieee"): ((None, None, (32, 64, 64, 8, 1)),),
-    ("sm_100", "ieee"): ((None, None, (32, 64, 64, 8, 1)),),
-    ("sm_80", "ieee"): ((None, None, (32, 64, 64, 8, 1)),),
-    ("other", "ieee"): ((None, None, (32, 64, 64, 4, 1)),),
-    ("sm_90", "fp64"): ((None, None, (16, 32, 32, 8, 1)),),
-    ("sm_100", "fp64"): ((None, None, (16, 32, 32, 8, 1)),),
-    ("sm_80", "fp64"): ((None, None, (16, 32, 32, 8, 1)),),
-    ("other", "fp64"): ((None, None, (16, 32, 32, 4, 1)),),
+    ("sm_100", "tf32"): ((2, 32, None, (32, 128, 64, 8, 1)), (None, None, None, (64, 64, 64, 8, 1))),
+    ("sm_80", "tf32"): ((2, 32, None, (32, 64, 64, 8, 1)), (None, None, None, (64, 64, 64, 8, 1))),
+    ("sm_90", "ieee"): ((None, None, None, (32, 64, 64, 8, 1)),),
+    ("sm_100", "ieee"): ((None, None, None, (32, 64, 64, 8, 1)),),
+    ("sm_80", "ieee"): ((None, None, None, (32, 64, 64, 8, 1)),),
+    ("other", "ieee"): ((None, None, None, (32, 64, 64, 4, 1)),),
+    ("sm_90", "fp64"): ((None, None, None, (16, 32, 32, 8, 1)),),
+    ("sm_100", "fp64"): ((None, None, None, (16, 32, 32, 8, 1)),),
+    ("sm_80", "fp64"): ((None, None, None, (16, 32, 32, 8, 1)),),
+    ("other", "fp64"): ((None, None, None, (16, 32, 32, 4, 1)),),
 }  # fmt: skip
 
 MOST_WEIGHTS = 2048
-"""Elements of a tile of W2."""
+"""Elements of a tile of the last W, where there are hidden units."""
 
 MOST_REGISTERS = 255
 """ptxas may give each thread of an NVIDIA GPU so many. Left alone it keeps to half of them, for a second program that
@@ -277,46 +439,23 @@ there is not, and spills; or falls off its cliff (see `bench/resources.py`)."""
 REGISTERS = 65536
 """What a multiprocessor of an NVIDIA GPU has for all threads of a program."""
 
-SMALLEST = 16
-"""tl.dot takes no tile with fewer rows or columns."""
 
-
-class Sizes(NamedTuple):
-    """Rows of a batch, inputs, hidden units, outputs."""
-
-    batch: int
-    inputs: int
-    hidden: int
-    outputs: int
-
-
-class Options(NamedTuple):
-    """What else a step computes, as the kernel's compile-time flags are called."""
-
-    mean: bool
-    weighted: bool
-    smoothed: bool
-    accuracy: bool
-    rule: str
-    coupled: bool
-    decoupled: bool
-    maximize: bool
-
-
-def choose(sizes: Sizes, architecture: str, precision: str) -> tuple[int, ...]:
-    """The row of the table."""
-    for most_batch, most_inputs, config in CONFIGS[architecture, precision]:
-        if (most_batch is None or sizes.batch <= most_batch) and (most_inputs is None or sizes.inputs <= most_inputs):
+def choose(step: Step, batch: int, architecture: str, precision: str) -> tuple[int, ...]:
+    """The row of the table for a net and the rows of its batch."""
+    given = (step.layers, batch, step.sizes[0])
+    for *most, config in CONFIGS[architecture, precision]:
+        if all(limit is None or size <= limit for limit, size in zip(most, given, strict=True)):
             return config
     raise AssertionError("the last row holds every size")
 
 
-def tiles(config: tuple[int, ...], sizes: Sizes) -> tuple[int, int, int, int]:
-    """Rows of the batch, hidden units, inputs and outputs of a tile: no more than the configuration's, or there are."""
-    pairs = zip(config[:3], (sizes.batch, sizes.hidden, sizes.inputs), strict=True)
-    block_b, block_h, block_i = (min(most, block(size)) for most, size in pairs)
-    block_o = block(sizes.outputs)
-    return block_b, min(block_h, max(SMALLEST, MOST_WEIGHTS // block_o)), block_i, block_o
+def tiles(config: tuple[int, ...], step: Step, batch: int, precision: str) -> Tiles:
+    """The tiles of a configuration, no larger than the net and the batch."""
+    block_o = block(step.sizes[-1])
+    hidden, inputs = max(step.sizes[1:-1], default=1), max(step.sizes[: max(1, step.layers - 1)])
+    block_b, block_h, block_i = (min(most, block(size)) for most, size in zip(config, (batch, hidden, inputs)))
+    block_h = min(block_h, max(SMALLEST, MOST_WEIGHTS // block_o))
+    return Tiles(block_b, block_h, block_i, block_o, batch <= block_b, precision)
 
 
 def architecture_of(x: torch.Tensor) -> str:
@@ -329,28 +468,18 @@ def architecture_of(x: torch.Tensor) -> str:
 
 @lru_cache(maxsize=4096)
 def plan_training(
-    sizes: Sizes, has_b1: bool, has_b2: bool, options: Options, architecture: str, dtype: torch.dtype, precision: str
-) -> tuple[Launch, int]:
-    """The launch of mlp_training_kernel, and how many columns its dy has."""
-    config = choose(sizes, architecture, "fp64" if dtype == torch.float64 else precision)
-    (block_b, block_h, block_i, block_o), (warps, stages) = tiles(config, sizes), config[3:]
+    step: Step, batch: int, architecture: str, dtype: torch.dtype, precision: str
+) -> Launch:
+    """The launch of mlp_training_kernel."""
+    config = choose(step, batch, architecture, "fp64" if dtype == torch.float64 else precision)
+    cut, (warps, stages) = tiles(config, step, batch, precision), config[3:]
     most_registers = None if architecture == "other" else min(MOST_REGISTERS, REGISTERS // (32 * warps))
-    flags = {name.upper(): value for name, value in options._asdict().items()}
-    launched = plan(
-        1, LaunchConfig(block_b, block_h, block_i, warps, stages, most_registers),
-        I=sizes.inputs, H=sizes.hidden, O=sizes.outputs, HAS_B1=has_b1, HAS_B2=has_b2, **flags, PRECISION=precision,
-        ONE_TILE=sizes.batch <= block_b, BLOCK_B=block_b, BLOCK_H=block_h, BLOCK_I=block_i, BLOCK_O=block_o,
-    )  # fmt: skip
-    return launched, block_o
-
-
-def block(size: int) -> int:
-    """The tile that holds `size` rows or columns."""
-    size = triton.next_power_of_2(size)
-    return max(SMALLEST, size)
+    launched = LaunchConfig(cut.batch, cut.hidden, cut.inputs, warps, stages, most_registers)
+    return plan(1, launched, STEP=step, TILES=cut)
 
 
 def train_mlp(
+    step: Step,
     x: torch.Tensor,
     targets: torch.Tensor,
     order: torch.Tensor,
@@ -359,7 +488,6 @@ def train_mlp(
     firsts: Sequence[torch.Tensor | None],
     seconds: Sequence[torch.Tensor | None],
     table: torch.Tensor,
-    options: Options,
     *,
     batch_size: int,
     position: int,
@@ -367,27 +495,24 @@ def train_mlp(
     ignore_index: int,
     label_smoothing: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Make a step for each row of `table` [steps, 4, ROW]; returns the losses and the accuracies, [steps] each.
+    """Make a step for each row of `table` [steps, 2 * layers, ROW]; returns the losses and the accuracies, [steps] each.
 
     x [N, I] and targets [N], any strides; `order` has the rows of the steps one after the other, int64, and the first
-    step lies `position` rows into its epoch of `epoch_rows`. W1 [H, I], b1 [H] or None, W2 [O, H], b2 [O] or None and
-    the state of each are contiguous, of x's dtype, float32 or float64, and are written to. What the options do not ask
-    for is not written.
+    step lies `position` rows into its epoch of `epoch_rows`. `weights` are W [sizes[l + 1], sizes[l]] and b
+    [sizes[l + 1]] or None of each layer l, `firsts` and `seconds` the state of each: contiguous, of x's dtype, float32
+    or float64, and written to. Accuracies are empty if the step does not ask for them.
     """
-    w1, b1, w2, b2 = weights
-    assert w1 is not None
-    assert w2 is not None
-    steps, (hidden, inputs), outputs = table.shape[0], w1.shape, w2.shape[0]
-    batch = min(batch_size, max(1, epoch_rows))
-    sizes = Sizes(batch, inputs, hidden, outputs)
-    kind = (architecture_of(x), x.dtype, precision_of(x))
-    planned, columns = plan_training(sizes, b1 is not None, b2 is not None, options, *kind)
-    losses, accuracies = x.new_empty(steps), x.new_empty(steps if options.accuracy else 0)
-    buffers = (x.new_empty(batch, hidden), x.new_empty(batch, columns), losses, accuracies)
-    groups = [tuple(w1 if tensor is None else tensor for tensor in group) for group in (weights, firsts, seconds)]
+    steps, batch = table.shape[0], min(batch_size, max(1, epoch_rows))
+    planned = plan_training(step, batch, architecture_of(x), x.dtype, precision_of(x))
+    losses, accuracies = x.new_empty(steps), x.new_empty(steps if step.accuracy else 0)
+    hidden = tuple(x.new_empty(batch, size) for size in step.sizes[1:-1])
+    widest = max(step.sizes[1:-2], default=0)  # of the layers whose dz comes in no place of values
+    turns = tuple(x.new_empty(batch, widest) for _ in range(min(2, step.layers - 2)))
+    gradients = (x.new_empty(batch, planned.options["TILES"].outputs), *turns)
+    groups = [tuple(x if tensor is None else tensor for tensor in group) for group in (weights, firsts, seconds)]
+    data = Data(x, targets, order, x if class_weight is None else class_weight, *x.stride(), *targets.stride())
     launch(
-        mlp_training_kernel, planned, x, targets, order, x if class_weight is None else class_weight, *groups, table,
-        buffers, (*x.stride(), *targets.stride()), epoch_rows, batch, position, steps, ignore_index,
-        float_bits(label_smoothing),
+        mlp_training_kernel, planned, table, data, *groups, hidden or (x,), gradients, (losses, accuracies),
+        epoch_rows, batch, position, steps, ignore_index, float_bits(label_smoothing),
     )  # fmt: skip
     return losses, accuracies

@@ -10,7 +10,7 @@ the number of the step:
     momentum  g += λ w;  m = μ m + (1 - damping) g;  w -= lr m, or with Nesterov lr (g + μ m)
 
 What does not depend on gradients comes as a row of numbers for each step and parameter, worked out in float64 on the
-host: fusednn/training/optimizers.py names their places. Kingma and Ba, 2015; Loshchilov and Hutter, 2019.
+host: step.py names their places. Kingma and Ba, 2015; Loshchilov and Hutter, 2019.
 """
 
 from functools import lru_cache
@@ -19,36 +19,35 @@ import torch
 import triton
 import triton.language as tl
 
+from . import step as places
 from .launch import Launch, LaunchConfig, cdiv, launch, plan
+from .step import Rule
 
-STEP_SIZE: tl.constexpr = tl.constexpr(0)
-DECAY: tl.constexpr = tl.constexpr(1)
-SHRINK: tl.constexpr = tl.constexpr(2)
-SIGN: tl.constexpr = tl.constexpr(3)
-MOMENTUM: tl.constexpr = tl.constexpr(4)
-UNDAMPED: tl.constexpr = tl.constexpr(5)
-ROOT: tl.constexpr = tl.constexpr(4)
-EPS: tl.constexpr = tl.constexpr(5)
-GRAD_PART: tl.constexpr = tl.constexpr(6)
-SQUARE_KEPT: tl.constexpr = tl.constexpr(7)
-SQUARE_PART: tl.constexpr = tl.constexpr(8)
-ROW: tl.constexpr = tl.constexpr(9)
+STEP_SIZE: tl.constexpr = tl.constexpr(places.STEP_SIZE)
+DECAY: tl.constexpr = tl.constexpr(places.DECAY)
+SHRINK: tl.constexpr = tl.constexpr(places.SHRINK)
+SIGN: tl.constexpr = tl.constexpr(places.SIGN)
+MOMENTUM: tl.constexpr = tl.constexpr(places.MOMENTUM)
+UNDAMPED: tl.constexpr = tl.constexpr(places.UNDAMPED)
+ROOT: tl.constexpr = tl.constexpr(places.ROOT)
+EPS: tl.constexpr = tl.constexpr(places.EPS)
+GRAD_PART: tl.constexpr = tl.constexpr(places.GRAD_PART)
+SQUARE_KEPT: tl.constexpr = tl.constexpr(places.SQUARE_KEPT)
+SQUARE_PART: tl.constexpr = tl.constexpr(places.SQUARE_PART)
+ROW: tl.constexpr = tl.constexpr(places.ROW)
 
 
 @triton.jit
-def update(
-    w_ptr, m_ptr, v_ptr, offs, mask, g, row_ptr,
-    RULE: tl.constexpr, COUPLED: tl.constexpr, DECOUPLED: tl.constexpr, MAXIMIZE: tl.constexpr,
-):  # fmt: skip
-    """Make the step on the elements `offs` of w, whose gradient is g, and of their state m and v."""
+def update(w_ptr, m_ptr, v_ptr, offs, mask, g, row_ptr, RULE: tl.constexpr):
+    """Make the step of a `Rule` on the elements `offs` of w, whose gradient is g, and of their state m and v."""
     w = tl.load(w_ptr + offs, mask=mask, other=0.0)
-    if MAXIMIZE:
+    if RULE.maximize:
         g *= tl.load(row_ptr + SIGN)
-    if COUPLED:
+    if RULE.coupled:
         g = tl.fma(w, tl.load(row_ptr + DECAY), g)  # as a sum it would become where the product begins, and spill
-    if DECOUPLED:
+    if RULE.decoupled:
         w *= tl.load(row_ptr + SHRINK)
-    if RULE == "adam":
+    if RULE.name == "adam":
         m = tl.load(m_ptr + offs, mask=mask, other=0.0)
         m += tl.load(row_ptr + GRAD_PART) * (g - m)
         tl.store(m_ptr + offs, m, mask=mask)
@@ -56,25 +55,25 @@ def update(
         v = tl.load(row_ptr + SQUARE_KEPT) * v + tl.load(row_ptr + SQUARE_PART) * g * g
         tl.store(v_ptr + offs, v, mask=mask)
         g = m / (tl.sqrt(v) * tl.load(row_ptr + ROOT) + tl.load(row_ptr + EPS))
-    elif RULE != "sgd":
+    elif RULE.name != "sgd":
         momentum = tl.load(row_ptr + MOMENTUM)
         m = momentum * tl.load(m_ptr + offs, mask=mask, other=0.0) + tl.load(row_ptr + UNDAMPED) * g
         tl.store(m_ptr + offs, m, mask=mask)
-        g = g + momentum * m if RULE == "nesterov" else m
+        g = g + momentum * m if RULE.name == "nesterov" else m
     tl.store(w_ptr + offs, w - tl.load(row_ptr + STEP_SIZE) * g, mask=mask)
 
 
 @triton.jit(do_not_specialize=["index"])
 def optimizer_step_kernel(
     w_ptr, m_ptr, v_ptr, g_ptr, table_ptr, step_ptr, size, parameters, index,
-    RULE: tl.constexpr, COUPLED: tl.constexpr, DECOUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+    RULE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Make the step that `step_ptr` counts on BLOCK_N elements of the parameter number `index` of so many."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = offs < size
     row_ptr = table_ptr + (tl.load(step_ptr) * parameters + index) * ROW
     g = tl.load(g_ptr + offs, mask=mask, other=0.0)
-    update(w_ptr, m_ptr, v_ptr, offs, mask, g, row_ptr, RULE, COUPLED, DECOUPLED, MAXIMIZE)
+    update(w_ptr, m_ptr, v_ptr, offs, mask, g, row_ptr, RULE)
 
 
 STEP_CONFIG = LaunchConfig(1, 1024, num_warps=4)
@@ -82,10 +81,9 @@ STEP_CONFIG = LaunchConfig(1, 1024, num_warps=4)
 
 
 @lru_cache(maxsize=4096)
-def plan_step(size: int, rule: str, coupled: bool, decoupled: bool, maximize: bool) -> Launch:
+def plan_step(size: int, rule: Rule) -> Launch:
     """The launch of optimizer_step_kernel on a parameter of so many elements."""
-    flags = {"RULE": rule, "COUPLED": coupled, "DECOUPLED": decoupled, "MAXIMIZE": maximize}
-    return plan(cdiv(size, STEP_CONFIG.block_n), STEP_CONFIG, **flags, BLOCK_N=STEP_CONFIG.block_n)
+    return plan(cdiv(size, STEP_CONFIG.block_n), STEP_CONFIG, RULE=rule, BLOCK_N=STEP_CONFIG.block_n)
 
 
 def optimizer_step(
@@ -96,13 +94,12 @@ def optimizer_step(
     table: torch.Tensor,
     step: torch.Tensor,
     index: int,
-    rule: tuple[str, bool, bool, bool],
+    rule: Rule,
 ) -> None:
     """Make a step on w, whose gradient is g, and on its state: all contiguous, of one shape, float32 or float64.
 
-    `table` [steps, parameters, ROW] has its row at the number in `step`, [1] int64, and at `index`; `rule` is the name
-    of the formula above, whether λ is in g, whether it shrinks w, and whether the sign of g turns.
+    `table` [steps, parameters, ROW] has its row at the number in `step`, [1] int64, and at `index`.
     """
     if w.numel():
         arguments = (w, w if first is None else first, w if second is None else second, g, table, step)
-        launch(optimizer_step_kernel, plan_step(w.numel(), *rule), *arguments, w.numel(), table.shape[1], index)
+        launch(optimizer_step_kernel, plan_step(w.numel(), rule), *arguments, w.numel(), table.shape[1], index)

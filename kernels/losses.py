@@ -1,0 +1,60 @@
+"""The losses of step.py on a tile of outputs: the loss of each row, and the gradient of the sum of them."""
+
+import triton
+import triton.language as tl
+
+from .cross_entropy_kernels import (
+    finish_gradient,
+    finish_losses,
+    load_labels,
+    load_masses,
+    softmax_losses,
+    split_smoothing,
+)
+
+
+@triton.jit
+def loss_of(
+    y, data, rows, mask_b, offs_o, ignore_index, smoothing,
+    OUTPUTS: tl.constexpr, LOSS: tl.constexpr,
+):  # fmt: skip
+    """Of outputs y [BLOCK_B, BLOCK_O], all of the rows: losses, weights, dy, which rows count, and which are right.
+
+    `data` has targets, class_weight and stride_t. What is behind the last row or output is 0 in the losses and weights,
+    False in the rest, and anything in dy. dy is of the sum of the losses, without the mean's division.
+    """
+    if LOSS.name == "cross_entropy":
+        return cross_entropy(y, data, rows, mask_b, offs_o, ignore_index, smoothing, OUTPUTS, LOSS)
+    else:
+        tl.static_assert(False, "this loss has no device function")
+
+
+@triton.jit
+def cross_entropy(
+    y, data, rows, mask_b, offs_o, ignore_index, smoothing,
+    OUTPUTS: tl.constexpr, LOSS: tl.constexpr,
+):  # fmt: skip
+    """-log softmax(y) at the label; with class weights and smoothing as cross_entropy_kernels.py says."""
+    dtype: tl.constexpr = y.dtype
+    MASSES: tl.constexpr = LOSS.weighted and LOSS.smoothed
+    mask_o = offs_o < OUTPUTS
+    mask = mask_b[:, None] & mask_o[None, :]
+    label, weight, valid, in_range = load_labels(
+        data.targets, data.class_weight, rows, mask_b, OUTPUTS, 1, (data.stride_t, 0, 0), ignore_index, False,
+        LOSS.weighted, dtype,
+    )  # fmt: skip
+    kept, share = split_smoothing(weight, smoothing, OUTPUTS, LOSS.smoothed)
+    a, mass = y, weight
+    if MASSES:
+        a = load_masses(
+            data.targets, data.class_weight, label, kept, share, smoothing, offs_o, mask, OUTPUTS, False,
+            LOSS.weighted, LOSS.smoothed,
+        )  # fmt: skip
+        mass = tl.sum(a, axis=1)
+
+    y = tl.where(mask_o[None, :], y, float("-inf"))
+    _, exps, total_exp, loss = softmax_losses(y, a, mass, label, kept, share, offs_o, mask, MASSES, LOSS.smoothed)
+    p = exps / total_exp[:, None]
+    dy = finish_gradient(p, a, mass, label, kept, share, offs_o, 1.0, valid, in_range, MASSES)
+    largest = tl.argmax(tl.where(y == y, y, float("inf")), axis=1)  # the first of several; NaN is the largest
+    return finish_losses(loss, valid, in_range), weight, dy, valid, valid & (largest == label)

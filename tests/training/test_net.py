@@ -388,9 +388,9 @@ def tied() -> nn.Module:
     return model
 
 
-def empty(inputs: int) -> nn.Linear:
+def empty() -> nn.Module:
     with warnings.catch_warnings(action="ignore"):
-        return nn.Linear(inputs, 0)
+        return nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 0), nn.Linear(0, 3))
 
 
 def hooked(parameter: nn.Parameter) -> None:
@@ -401,7 +401,7 @@ LEFT = {
     "a function": (lambda: F.relu, "not a module"),
     "nine layers": (lambda: nn.Sequential(*(nn.Linear(4, 4) for _ in range(9))), "has 9 Linears, and a"),
     "no layer": (nn.Tanh, "not a chain of Linears"),
-    "an empty layer": (lambda: nn.Sequential(nn.Linear(4, 5), empty(5), nn.Linear(0, 3)), "4-5-0-3 is empty"),
+    "an empty layer": (empty, "4-5-0-3 is empty"),
     "an activation before": (Twice, "not a chain of Linears"),
     "two activations": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.ReLU()), "not a chain of Linears"),
     "ReLU6": (lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU6(), nn.Linear(5, 3)), "Linear, ReLU6, Linear, and not a"),

@@ -13,7 +13,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import fusednn
 from fusednn import reference, train_steps
 from fusednn.reading import Facts
-from fusednn.training.optimizers import KernelOptimizer, refusal, refusal_now
+from fusednn.training.optimizers import refusal, refusal_now
+from fusednn.training.tables import KernelOptimizer
 
 from .runs import ROWS, Run, adam, assert_alike, data, net, one_call, train
 

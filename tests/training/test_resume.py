@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from fusednn import reference, train_steps
-from fusednn.training import captured, nets
+from fusednn.training.engines import captured
 from fusednn.training.job import check
 
 from .runs import adam, assert_alike, data, net, train
@@ -97,14 +97,10 @@ def test_captured(monkeypatch: pytest.MonkeyPatch, start_step: int) -> None:
     model = net("cpu")
     expected = reference.train_steps(model, adam(model.parameters()), x, targets, generator=generator(), **given)
     model = net("cpu")
-    defaults = {"epochs": None, "shuffle": True, "drop_last": False, "order": "torch", "seed": None}
-    more = {"generator": generator(), "lr_schedule": None, "return_accuracy": False}
-    parameters = nets.find_pure(model)
-    assert isinstance(parameters, list)
-    job = check(model, adam(model.parameters()), x, targets, **defaults | more | given)
-    engine = captured.Captured(job, parameters)
-    while engine.done < job.steps:
-        engine.advance(job.steps - engine.done, None)  # type: ignore[arg-type]
+    options: Any = given | {"generator": generator()}
+    engine = captured.Captured(check(model, adam(model.parameters()), x, targets, False, options), None)
+    while engine.done < engine.job.steps:
+        engine.advance(engine.job.steps - engine.done, None)  # type: ignore[arg-type]
     torch.testing.assert_close(torch.cat(engine.losses), expected, rtol=1e-5, atol=1e-6)
 
 

@@ -24,7 +24,7 @@ struct Activated {
             if constexpr (NAME == RELU) return z <= 0 ? V{} : z;  // NaN passes
         else if constexpr (NAME == LEAKY_RELU) return z > 0 ? z : z * first;
         if constexpr (NAME == ELU) return z > 0 ? z : first * expm1(z);
-        if constexpr (NAME == GELU) return z * gelu_cdf(z);
+        if constexpr (NAME == GELU) return z * Normal<V>(z).below;
         if constexpr (NAME == GELU_TANH) return T(0.5) * z * (1 + gelu_tanh(z));
         if constexpr (NAME == SILU) return z / (1 + exp(-z));
         if constexpr (NAME == TANH) return tanh(z);
@@ -37,7 +37,7 @@ struct Activated {
             if constexpr (NAME == RELU) return k <= 0 ? V{} : dh;
         if constexpr (NAME == LEAKY_RELU) return k > 0 ? dh : dh * first;
         if constexpr (NAME == ELU) return k <= 0 ? dh * first * exp(k) : dh;
-        if constexpr (NAME == GELU) return dh * (gelu_cdf(k) + k * (T(0.398942280401432678) * exp(k * k * T(-0.5))));
+        if constexpr (NAME == GELU) return dh * gelu_slope(k);
         if constexpr (NAME == GELU_TANH) return dh * gelu_tanh_slope(k);
         if constexpr (NAME == SILU) return dh * (sigmoid(k) * (1 + k * (1 - sigmoid(k))));
         if constexpr (NAME == TANH) return dh * (1 - k * k);
@@ -48,8 +48,10 @@ struct Activated {
   private:
     static constexpr T TANH_SCALE = T(0.797884560802865356), CUBE = T(0.044715);  // sqrt(2 / π), and Hendrycks' number
 
-    // The share of the normal distribution below z.
-    static INLINE V gelu_cdf(V z) { return T(0.5) * (1 + erf(z * T(0.707106781186547524))); }
+    static INLINE V gelu_slope(V z) {
+        const Normal<V> normal(z);
+        return normal.below + z * (T(0.398942280401432678) * normal.bell);  // 1 / sqrt(2 π)
+    }
 
     static INLINE V gelu_tanh(V z) { return tanh(TANH_SCALE * (z + CUBE * (z * z * z))); }
 

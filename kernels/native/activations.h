@@ -89,7 +89,7 @@ INLINE void with_activation(const Activation &activation, Use use) {
 template <class T, int BYTES>
 INLINE void activate(const Activation &activation, T *h, const T *z, Int n) {
     typedef Vector<T, BYTES> V;
-    with_activation<V>(activation, [&](auto activated) {
+    with_activation<V>(activation, [&](auto activated) INLINED {
         for (Int i = 0; i < n; i += LANES<T, BYTES>) store(h + i, activated.value(load<V>(z + i)));
     });
 }
@@ -98,7 +98,7 @@ INLINE void activate(const Activation &activation, T *h, const T *z, Int n) {
 template <class T, int BYTES>
 INLINE void deactivate(const Activation &activation, T *dh, const T *kept, Int n) {
     typedef Vector<T, BYTES> V;
-    with_activation<V>(activation, [&](auto activated) {
+    with_activation<V>(activation, [&](auto activated) INLINED {
         for (Int i = 0; i < n; i += LANES<T, BYTES>)
             store(dh + i, activated.gradient(load<V>(dh + i), load<V>(kept + i)));
     });

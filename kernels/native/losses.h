@@ -51,7 +51,7 @@ INLINE void cross_entropy_rows(
     const Int O = step.layer[step.layers - 1].outputs;
     const bool smoothed = step.loss.smoothed;
     const T certain = smoothed ? T(1 - job.label_smoothing) : T(1), share = T(job.label_smoothing / double(O));
-    const auto weight_of = [&](Int o) { return step.class_weight ? step.class_weight[o] : T(1); };
+    const auto weight_of = [&](Int o) INLINED { return step.class_weight ? step.class_weight[o] : T(1); };
     const Largest<V> largest(y, stride_y, O, step.accuracy);
 
     Int labels[SIZE];
@@ -104,7 +104,7 @@ INLINE Sums<T> cross_entropy(const Step<T> &step, const Job<T> &job, const Int *
     T all_weights = 0;
     for (Int o = 0; o < O; ++o) all_weights += step.class_weight ? step.class_weight[o] : T(0);
     Sums<T> sums;
-    const auto by_vectors = [&](auto zero) {
+    const auto by_vectors = [&](auto zero) INLINED {
         typedef decltype(zero) V;
         constexpr Int SIZE = sizeof(V) / sizeof(T);
         for (Int b = 0; b < size; b += SIZE) {

@@ -29,7 +29,9 @@
 namespace fusednn {
 namespace {
 
-constexpr Int GRAD_M = 16, GRAD_N = 256;  // so many numbers of dW are computed and used at a time, in the L1 cache too
+// So much of dW is computed and used at a time, in the L1 cache too; rows as long as they can be, since the step on W takes
+// longer where it leaps from row to row.
+constexpr Int GRAD_M = 4, GRAD_N = 1024;
 
 // What a step hands from one part to the next.
 template <class T, int BYTES>
@@ -56,8 +58,8 @@ struct Buffers {
 // to [M, batch] = W a + b of W [M, K], a [K, batch] and b [M] or none.
 template <class T, int BYTES>
 INLINE void linear(T *to, Int stride_b, const T *a, const T *w, const T *b, Int M, Int K, Int size) {
-    for (Int m = 0; m < M; ++m) std::fill_n(to + m * stride_b, stride_b, b ? b[m] : T(0));
-    product_of_rows<T, BYTES>(to, w, K, 1, a, stride_b, M, size, K);
+    for (Int m = 0; b && m < M; ++m) std::fill_n(to + m * stride_b, stride_b, b[m]);
+    product_of_rows<T, BYTES>(to, w, K, 1, a, stride_b, M, size, K, b != nullptr);
 }
 
 // The rows of a batch, as [batch, inputs] and [inputs, batch].
@@ -110,8 +112,7 @@ INLINE void step_on_weight(
     for (Int m = 0; m < M; m += most)
         for (Int n = 0; n < N; n += GRAD_N) {
             const Int rows = std::min(most, M - m), columns = std::min(GRAD_N, N - n);
-            std::fill_n(dw, rows * stride, T(0));
-            product<T, BYTES>(dw, stride, dz + m * stride_b, stride_b, 1, a + n, stride_a, rows, columns, size);
+            product<T, BYTES>(dw, stride, dz + m * stride_b, stride_b, 1, a + n, stride_a, rows, columns, size, false);
             if (columns == N) {  // whole rows: without gaps they are one piece of W
                 for (Int r = 1; r < rows && stride != N; ++r) std::copy_n(dw + r * stride, N, dw + r * N);
                 step_on(w, m * N, dw, rows * N, row, rule);
@@ -145,10 +146,8 @@ INLINE void backward(const Step<T> &step, const T *row, Buffers<T, BYTES> &of, I
         const Layer<T> &layer = step.layer[l];
         const Int M = layer.outputs, N = layer.inputs, stride_b = of.stride_b;
         deactivate<T, BYTES>(layer.activation, d, *of.kept[l], M * stride_b);
-        if (l > 0) {  // before the step on W
-            std::fill_n(d_before, N * stride_b, T(0));
-            product_of_rows<T, BYTES>(d_before, layer.w.weight, 1, N, d, stride_b, N, size, M);
-        }
+        if (l > 0)  // before the step on W
+            product_of_rows<T, BYTES>(d_before, layer.w.weight, 1, N, d, stride_b, N, size, M, false);
         const T *row_w = row + 2 * l * ROW, *row_b = row_w + ROW;
         step_on_weight<T, BYTES>(layer.w, row_w, step.rule, d, stride_b, *of.given[l], of.strides[l], of.dw, M, N, size);
         step_on_bias<T>(layer.b, row_b, step.rule, d, stride_b, of.db, M, size);
@@ -161,7 +160,7 @@ INLINE void mlp_training(const Step<T> &step, const Job<T> &job) {
     Int widest = 0;
     for (Int l = 0; l < step.layers; ++l) widest = std::max(widest, step.layer[l].outputs);
     const auto buffers = std::make_unique<Buffers<T, BYTES>>(step, std::max(Int(1), job.batch), widest);
-    job.each_step([&](Int s, const Int *rows, Int size) {
+    job.each_step([&](Int s, const Int *rows, Int size) INLINED {
         gather<T, BYTES>(step, job, rows, *buffers, size);
         forward<T, BYTES>(step, *buffers, size);
         const Sums<T> sums = cross_entropy<T, BYTES>(step, job, rows, buffers->d[0], buffers->stride_b, size);

@@ -1,6 +1,6 @@
 // The matrix product of small matrices on one thread, with the vectors of GCC and Clang, and the memory for it.
 //
-//     c[m, n] += Σ_k a[m, k] b[k, n], with n innermost in b and c
+//     c[m, n] = Σ_k a[m, k] b[k, n], with n innermost in b and c
 //
 // A number of a is multiplied with a vector of b, so no sum is split among the lanes of a vector, and nothing is added
 // up in an order that the compiler chooses. BYTES is the size of a vector; whoever instantiates these does so inside a
@@ -21,6 +21,7 @@
 #define __has_builtin(name) 0  // GCC 9
 #endif
 #define INLINE inline __attribute__((always_inline))
+#define INLINED __attribute__((always_inline))  // of a lambda: one that is not is compiled for a machine without such vectors
 #if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are handed over to inlined functions alone
 #endif
@@ -85,13 +86,15 @@ constexpr Int padded(Int n) {
     return n * sizeof(T) % 1024 ? n : n + LANES<T, BYTES>;
 }
 
-// c[0:R, 0:COUNT vectors] += Σ_k a[:, k] b[k, :]. The sums are held in registers.
+// c[0:R, 0:COUNT vectors] = Σ_k a[:, k] b[k, :], and what stood there before if it `adds`. The sums are held in registers.
 template <class T, int BYTES, int R, int COUNT>
-INLINE void product_tile(T *c, Int stride_c, const T *a, Int stride_am, Int stride_ak, const T *b, Int stride_b, Int K) {
+INLINE void product_tile(
+    T *c, Int stride_c, const T *a, Int stride_am, Int stride_ak, const T *b, Int stride_b, Int K, bool adds
+) {
     typedef Vector<T, BYTES> V;
     V acc[R][COUNT];
     for (int r = 0; r < R; ++r)
-        for (int i = 0; i < COUNT; ++i) acc[r][i] = load<V>(c + r * stride_c + i * LANES<T, BYTES>);
+        for (int i = 0; i < COUNT; ++i) acc[r][i] = adds ? load<V>(c + r * stride_c + i * LANES<T, BYTES>) : V{};
     for (Int k = 0; k < K; ++k) {
         V row[COUNT];
         for (int i = 0; i < COUNT; ++i) row[i] = load<V>(b + k * stride_b + i * LANES<T, BYTES>);
@@ -107,13 +110,13 @@ INLINE void product_tile(T *c, Int stride_c, const T *a, Int stride_am, Int stri
 // The same with as many rows as c has, 8 / COUNT at a time: an addition waits for the one before it, but not for 7 others.
 template <class T, int BYTES, int COUNT>
 INLINE void product_columns(
-    T *c, Int stride_c, const T *a, Int stride_am, Int stride_ak, const T *b, Int stride_b, Int M, Int K
+    T *c, Int stride_c, const T *a, Int stride_am, Int stride_ak, const T *b, Int stride_b, Int M, Int K, bool adds
 ) {
     Int m = 0;
-    const auto tiles = [&](auto rows) {
+    const auto tiles = [&](auto rows) INLINED {
         for (; m + rows <= M; m += rows)
             product_tile<T, BYTES, decltype(rows)::value, COUNT>(
-                c + m * stride_c, stride_c, a + m * stride_am, stride_am, stride_ak, b, stride_b, K
+                c + m * stride_c, stride_c, a + m * stride_am, stride_am, stride_ak, b, stride_b, K, adds
             );
     };
     if constexpr (COUNT == 1) tiles(std::integral_constant<int, 8>());
@@ -122,31 +125,36 @@ INLINE void product_columns(
     tiles(std::integral_constant<int, 1>());
 }
 
-// c[m, n] += Σ_k a[m, k] b[k, n], up to the whole vectors that hold n < N.
+// c[m, n] = Σ_k a[m, k] b[k, n], and what stood there before if it `adds`, up to the whole vectors that hold n < N.
 template <class T, int BYTES>
 INLINE void product(
-    T *c, Int stride_c, const T *a, Int stride_am, Int stride_ak, const T *b, Int stride_b, Int M, Int N, Int K
+    T *c, Int stride_c, const T *a, Int stride_am, Int stride_ak, const T *b, Int stride_b, Int M, Int N, Int K, bool adds
 ) {
     constexpr Int ONE = LANES<T, BYTES>;
-    for (Int k = 0; k < K; k += TILE_K) {
+    for (Int k = 0; k < K; k += TILE_K, adds = true) {
         const Int size = std::min(TILE_K, K - k);
         const T *a_k = a + k * stride_ak, *b_k = b + k * stride_b;
+        const auto columns = [&](Int n, auto count) INLINED {
+            constexpr int COUNT = decltype(count)::value;
+            product_columns<T, BYTES, COUNT>(
+                c + n, stride_c, a_k, stride_am, stride_ak, b_k + n, stride_b, M, size, adds
+            );
+        };
         Int n = 0;
-        for (; n + ONE < N; n += 2 * ONE)
-            product_columns<T, BYTES, 2>(c + n, stride_c, a_k, stride_am, stride_ak, b_k + n, stride_b, M, size);
-        if (n < N) product_columns<T, BYTES, 1>(c + n, stride_c, a_k, stride_am, stride_ak, b_k + n, stride_b, M, size);
+        for (; n + ONE < N; n += 2 * ONE) columns(n, std::integral_constant<int, 2>());
+        if (n < N) columns(n, std::integral_constant<int, 1>());
     }
 }
 
 // The same where rows of b and c are `padded`, so that short ones need short vectors.
 template <class T, int BYTES>
 INLINE void product_of_rows(
-    T *c, const T *a, Int stride_am, Int stride_ak, const T *b, Int stride, Int M, Int N, Int K
+    T *c, const T *a, Int stride_am, Int stride_ak, const T *b, Int stride, Int M, Int N, Int K, bool adds
 ) {
     if (BYTES > FEW_BYTES && stride == LANES<T, FEW_BYTES>)
-        product_columns<T, FEW_BYTES, 1>(c, stride, a, stride_am, stride_ak, b, stride, M, K);
+        product_columns<T, FEW_BYTES, 1>(c, stride, a, stride_am, stride_ak, b, stride, M, K, adds);
     else
-        product<T, BYTES>(c, stride, a, stride_am, stride_ak, b, stride, M, N, K);
+        product<T, BYTES>(c, stride, a, stride_am, stride_ak, b, stride, M, N, K, adds);
 }
 
 // to[n, m] = from[m, n], by blocks of 4 x 4 as long as there are such.

@@ -154,8 +154,8 @@ INLINE V tanh(V x) {
     return abs(x) < Number<V>(0.55) ? x + x * (z * p) : with_sign_of(x, 1 - 2 * e / (1 + e));
 }
 
-// What the normal distribution has below z, and exp(-z² / 2), in whose terms its tail is, with t = 1 / (1 + c |z|) and a
-// polynomial of 2 t - 1: Shepherd and Laframboise, 1981.
+// What the normal distribution has below z: up to 1 as 1/2 + z P(z²). Beyond, its tail is exp(-z² / 2) t Q(2 t - 1) with
+// t = 1 / (1 + c |z|), as of Shepherd and Laframboise, 1981; and that exponential is wanted too.
 template <class V>
 struct Normal {
     V bell, below;
@@ -165,14 +165,22 @@ struct Normal {
         constexpr T c = Lanes<V>::IS_FLOAT ? T(0.3) : T(0.21);
         bell = exp(z * z * T(-0.5));
         const V t = 1 / (1 + c * abs(z)), u = 2 * t - 1;
-        V p;
-        if constexpr (Lanes<V>::IS_FLOAT)
+        V p, q;
+        if constexpr (Lanes<V>::IS_FLOAT) {
             p = polynomial(
+                z * z, 0.3989422787, -0.06649033234, 0.009973170899, -0.001185984627, 0.000113143575, -7.530279975e-6
+            );
+            q = polynomial(
                 u, 0.2219706131, 0.1645794855, 0.08654970973, 0.02776033572, 0.001816037313, -0.002423489379,
                 -0.0005697157091, 0.0002806070327, 7.671633976e-5, -4.030132251e-5
             );
-        else
+        } else {
             p = polynomial(
+                z * z, 0.398942280401432677, -0.0664903800669053652, 0.00997355701003370079, -0.00118732821545496416,
+                0.000115434687445469508, -9.44465556064105967e-6, 6.65967511467043592e-7, -4.12234907325644647e-8,
+                2.26992424164782907e-9, -1.10425831074092268e-10, 4.03292666271949134e-12
+            );
+            q = polynomial(
                 u, 0.160977015859008867, 0.137378626299397348, 0.0993766059098049204, 0.0599804159971961092,
                 0.0292752549085284299, 0.0108063209802433983, 0.00248616784057262057, 1.46971217931110688e-6,
                 -0.000238611754667900013, -0.0000648484665375897532, 0.000012748426201502165, 0.000010343452687598908,
@@ -180,8 +188,9 @@ struct Normal {
                 1.56096272568986163e-8, -3.59897546068431109e-8, -7.77301276162500337e-10, 5.86527584007421225e-9,
                 -5.42856482464753236e-10, -6.67593163821514621e-10, 1.66324098405182578e-10
             );
-        const V tail = bell * (t * p);
-        below = z < 0 ? tail : 1 - tail;
+        }
+        const V tail = bell * (t * q);
+        below = abs(z) < 1 ? T(0.5) + z * p : z < 0 ? tail : 1 - tail;
     }
 };
 

@@ -236,7 +236,7 @@ PyObject *train_steps(Int machine, const Step<T> &step, PyObject *const *given) 
         !read(*next++, job.batch) || !read(*next++, job.epoch_rows) || !read(*next++, job.position) ||
         !read(*next++, job.steps) || !read(*next++, job.ignore_index) || !read(*next++, job.label_smoothing))
         return nullptr;
-    if (step.accuracy && !job.accuracies) return wrong("there is no place for accuracies"), nullptr;
+    if (step.accuracy && job.steps > 0 && !job.accuracies) return wrong("there is no place for accuracies"), nullptr;
     bool has_memory = true, is_bad = false;
     Int bad = 0;
     Py_BEGIN_ALLOW_THREADS

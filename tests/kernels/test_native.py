@@ -2,9 +2,11 @@
 
 import math
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import mpmath
 import pytest
 import torch
 import torch.nn.functional as F
@@ -333,13 +335,301 @@ def test_a_row_does_not_depend_on_the_batch_around_it(machine: str) -> None:
             assert together[0] == alone[19]
 
 
-def units(result: Tensor, expected: Tensor) -> float:
-    """The greatest error, in units in the last place of the result's dtype; NaN and infinity must be where they should."""
-    kind = torch.finfo(result.dtype)
-    rounded = expected.to(result.dtype)
-    special = ~rounded.isfinite()
-    assert torch.equal(result[special].nan_to_num(7.0), rounded[special].nan_to_num(7.0))
-    size = torch.frexp(expected[~special].abs().clamp(min=kind.tiny))[1].double() - 1
-    unit = torch.ldexp(torch.full_like(size, kind.eps), size)
-    error = (result[~special].to(expected.dtype) - expected[~special]).abs() / unit
-    return 0.0 if not error.numel() else error.max().item()
+def through(net: Net, machine: str, z: Tensor) -> tuple[Tensor, Tensor]:
+    """What the activation of the first layer of a net 1-n-2 makes of z [n], and its slope there, with nothing rounded.
+
+    The input is 1 and the first weight is z. A bias of 2**100 makes the gradient of the logits (-1, 1). So the gradient
+    of W2[1] is the value; and with a power of two in W2[0], so small that values do not reach the bias, that of W1 is
+    the slope.
+    """
+    table = net.table({names.STEP_SIZE: 0.0, names.MOMENTUM: 0.0, names.UNDAMPED: 1.0})
+    (w1, w2, b2), (dw1, dw2, _) = net.there(), net.there(net.m)
+    net.x.fill_(1)
+    net.targets.zero_()
+    values, scale = torch.zeros_like(z), torch.zeros_like(z)
+    for _ in range(2):
+        w1.copy_(z[:, None])
+        w2.zero_()
+        w2[0], b2[0], b2[1] = scale, 0.0, 2.0**100
+        net.train(machine, table, batch=1)
+        values = dw2[1].clone()
+        scale = torch.ldexp(torch.ones_like(z), (80 - torch.frexp(values)[1]).clamp(max=0))
+    return values, -dw1[:, 0] / scale
+
+
+def exact(name: str, z: Tensor) -> tuple[list[mpmath.mpf], list[mpmath.mpf]]:
+    """Value and slope in 40 digits."""
+    first, second = (*ACTIVATIONS[name][0], 0.0, 0.0)[:2]
+
+    def sigmoid(x: mpmath.mpf) -> mpmath.mpf:
+        return 1 / (1 + mpmath.exp(-x)) if abs(x) < 10**5 else mpmath.mpf(x > 0)
+
+    def inner(x: mpmath.mpf) -> mpmath.mpf:
+        return mpmath.sqrt(2 / mpmath.pi) * (x + mpmath.mpf("0.044715") * x**3)
+
+    def gelu(x: mpmath.mpf) -> tuple[mpmath.mpf, mpmath.mpf]:
+        below = mpmath.mpf(x > 0) if abs(x) > 60 else mpmath.erfc(-x / mpmath.sqrt(2)) / 2
+        bell = 0 if abs(x) > 60 else mpmath.exp(-x * x / 2) / mpmath.sqrt(2 * mpmath.pi)
+        return x * below, below + x * bell
+
+    def gelu_tanh(x: mpmath.mpf) -> tuple[mpmath.mpf, mpmath.mpf]:
+        share, rest = sigmoid(2 * inner(x)), sigmoid(-2 * inner(x))
+        slope = mpmath.sqrt(2 / mpmath.pi) * (1 + 3 * mpmath.mpf("0.044715") * x * x)
+        return x * share, share + 2 * x * share * rest * slope
+
+    def softplus(x: mpmath.mpf) -> tuple[mpmath.mpf, mpmath.mpf]:
+        if x * first > second:
+            return x, mpmath.mpf(1)
+        return mpmath.log1p(mpmath.exp(x * first)) / first, sigmoid(x * first)
+
+    pairs: dict[str, Callable[[mpmath.mpf], tuple[mpmath.mpf, mpmath.mpf]]] = {
+        "identity": lambda x: (x, mpmath.mpf(1)),
+        "relu": lambda x: (max(x, mpmath.mpf(0)), mpmath.mpf(x > 0)),
+        "leaky_relu": lambda x: (x if x > 0 else first * x, mpmath.mpf(1 if x > 0 else first)),
+        "elu": lambda x: (x, mpmath.mpf(1)) if x > 0 else (first * mpmath.expm1(x), first * mpmath.exp(x)),
+        "gelu": gelu,
+        "gelu_tanh": gelu_tanh,
+        "silu": lambda x: (x * sigmoid(x), sigmoid(x) * (1 + x * sigmoid(-x))),
+        "tanh": lambda x: (mpmath.tanh(x), 4 * sigmoid(2 * x) * sigmoid(-2 * x)),
+        "sigmoid": lambda x: (sigmoid(x), sigmoid(x) * sigmoid(-x)),
+        "softplus": softplus,
+    }
+    with mpmath.workdps(40):
+        values, slopes = zip(*[pairs[name](mpmath.mpf(x)) for x in z.tolist()], strict=True)
+        return list(values), list(slopes)
+
+
+def errors(result: Tensor, expected: list[mpmath.mpf], floor: Tensor) -> Tensor:
+    """How far the numbers are off, in units in the last place of the larger of what they should be and `floor`."""
+    bits = 24 if result.dtype == torch.float32 else 53
+    found = []
+    for x, right, least in zip(result.tolist(), expected, floor.tolist(), strict=True):
+        exponent = mpmath.frexp(max(abs(right), least, torch.finfo(result.dtype).tiny))[1] - bits
+        found.append(float(mpmath.ldexp(abs(x - right), -exponent)) if math.isfinite(x) else 0.0)
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def arguments(dtype: torch.dtype, count: int = 300) -> Tensor:
+    """Tiny ones, huge ones, and many where something happens."""
+    generator = torch.Generator().manual_seed(4)
+    least, most = (-140, 100) if dtype == torch.float32 else (-1040, 900)
+    exponents = least + (most - least) * torch.rand(count, generator=generator, dtype=torch.float64)
+    signs = torch.randint(2, (count,), generator=generator) * 2.0 - 1
+    lines = [torch.linspace(-x, x, count, dtype=torch.float64) for x in (0.7, 3, 10, 40, 110, 800)]
+    return torch.cat([*lines, signs * torch.exp2(exponents)]).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_values_and_slopes(name: str, dtype: torch.dtype) -> None:
+    """The greatest error is at most twice PyTorch's, or 2 units; and NaN and infinity stand where PyTorch has them.
+
+    Where PyTorch's tails vanish, that says nothing. So the same with 4 units of a floor; and GELU, whose formula is not
+    PyTorch's, keeps to 4 alone.
+    """
+    z = arguments(dtype)
+    given = z.clone().requires_grad_()
+    theirs = ACTIVATIONS[name][1](given)
+    slopes = torch.autograd.grad(theirs.sum(), given)[0]
+    nets = {
+        machine: Net((1, len(z), 2), [name, "identity"], [False, True], 1, dtype, rule=Rule("momentum"))
+        for machine in MACHINES
+    }
+    found = {machine: through(net, machine, z) for machine, net in nets.items()}
+    floors = z.abs().clamp(max=1) / 8, torch.full_like(z, 0.125)
+    for i, (torchs, right, floor) in enumerate(zip((theirs.detach(), slopes), exact(name, z), floors, strict=True)):
+        most = 2 * errors(torchs, right, torch.zeros_like(z)).max()
+        most_above = 0.0 if name == "gelu" else 2 * errors(torchs, right, floor).max()
+        for machine in MACHINES:
+            ours = found[machine][i]
+            assert torch.equal(ours.isnan(), torchs.isnan()), machine
+            assert torch.equal(ours.isinf(), torchs.isinf()), machine
+            assert errors(ours, right, torch.zeros_like(z)).max() <= max(most, 2), machine
+            assert errors(ours, right, floor).max() <= max(most_above, 4), machine
+
+
+@each_machine
+def test_softplus_overflows_as_in_pytorch(machine: str) -> None:
+    """Below a threshold that is larger than the logarithm of any number, where no stable form is taken."""
+    numbers = (1.0, 1000.0)
+    for bias, is_nan in ((80.0, False), (95.0, True), (1050.0, False)):
+        net = Net((3, 4), ["softplus"], dtype=torch.float32)
+        net.step = net.step._replace(activations=(Activation("softplus", numbers),))
+        (w, b), rows = net.there(), net.order[:33]
+        b[2] = bias
+        loss = F.cross_entropy(F.softplus(F.linear(net.x[rows], w, b), *numbers), net.targets[rows])
+        assert loss.isnan() == is_nan
+        losses, _ = net.train(machine, net.table({names.STEP_SIZE: 1.0}))
+        torch.testing.assert_close(losses[0], loss, equal_nan=True)
+
+
+@each_machine
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e38, -1e38, 1e-42])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_special_numbers(machine: str, name: str, value: float) -> None:
+    """NaN and infinity stand where autograd puts them, from an input on and from a bias of the last layer on."""
+    for rows in (1, 5):
+        for place in ("input", "bias"):
+            net = Net((3, 4, 6), [name, name], dtype=torch.float32)
+            if place == "input":
+                net.x[net.order[0], 1] = value
+            else:
+                net.there()[-1][2] = value
+            before = [p.clone() for p in net.there()]
+            loss, grads = net.gradients(net.order[:rows], torch.float32)
+            right = net.forward(net.order[:rows], net.w).argmax(1) == net.targets[net.order[:rows]]
+            losses, accuracies = net.train(machine, net.table({names.STEP_SIZE: 1.0}), batch=rows)
+            torch.testing.assert_close(losses[0], loss, equal_nan=True)
+            assert accuracies[0] == right.float().mean()
+            for old, new, grad in zip(before, net.there(), grads, strict=True):
+                torch.testing.assert_close(new, old - grad, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+@each_machine
+def test_accuracy_takes_the_first_of_equal_logits_and_nan_for_the_largest(machine: str) -> None:
+    for largest in ([], [4, 7]):
+        net = Net((37, 40, 10), ["relu", "identity"])
+        for p in net.there():
+            p.zero_()
+        net.there()[-1][largest] = math.nan
+        _, accuracies = net.train(machine, net.table({names.STEP_SIZE: 0.0}), batch=50)
+        assert accuracies[0] == (net.targets == (largest or [0])[0]).double().mean()
+
+
+@each_machine
+def test_accuracy_that_is_not_asked_for_is_not_written(machine: str) -> None:
+    net = Net((37, 40, 10), ["relu", "identity"], accuracy=False)
+    _, accuracies = net.train(machine, net.table({names.STEP_SIZE: 1.0}))
+    assert accuracies[0] == 7
+    net.train(machine, net.table({names.STEP_SIZE: 1.0}), accuracies=0)
+    net.step = net.step._replace(accuracy=True)
+    with pytest.raises(ValueError, match="no place for accuracies"):
+        net.train(machine, net.table({names.STEP_SIZE: 1.0}), accuracies=0)
+
+
+@each_machine
+@pytest.mark.parametrize("label", [-1, 10, 2**40])
+def test_a_label_out_of_range_raises_before_the_first_step(machine: str, label: int) -> None:
+    """Here it is the last row of the second step; of the first one alone nothing is said."""
+    net = Net((37, 40, 10), ["relu", "identity"])
+    before = [p.clone() for p in net.there()]
+    net.targets[net.order[49]] = label
+    table = net.table({names.STEP_SIZE: 1.0}, {names.STEP_SIZE: 1.0})
+    with pytest.raises(IndexError, match=f"^Target {label} is out of bounds.$"):
+        net.train(machine, table)
+    assert all(torch.equal(old, new) for old, new in zip(before, net.there(), strict=True))
+    net.train(machine, table[:1])
+    net.train(machine, table, ignore_index=label)
+    given = {"targets": address(net.targets), "stride": 3, "size": 50, "classes": 10, "ignore_index": -100}
+    assert native.bad_label(**given) == label
+    assert native.bad_label(**given | {"ignore_index": label}) is None
+    assert native.bad_label(**given | {"classes": 2**41}) == (-1 if label == -1 else None)
+
+
+@each_machine
+def test_no_memory(machine: str) -> None:
+    """For buffers of more bytes than there are numbers."""
+    net = Net((37, 40, 10), ["relu", "identity"])
+    with pytest.raises(MemoryError):
+        net.train(machine, net.table(), batch=2**62)
+    assert [count.item() for count in net.counts] == [0] * 4
+
+
+def test_two_threads_train_two_nets() -> None:
+    """Each its own, to the bits that it gets alone; and neither holds the other up, nor this thread."""
+    machine = next(reversed(MACHINES))
+    sizes, activations = (64, 512, 512, 10), ["gelu", "tanh", "identity"]
+    nets = [Net(sizes, activations, rows=1024, dtype=torch.float32) for _ in range(3)]
+    for net in nets:
+        net.order = torch.cat([net.order] * 3)
+    for net in nets[::2]:
+        net.x.copy_(net.x.flip(0))
+    table = nets[0].table(*[{names.STEP_SIZE: 0.1}] * 3)
+    prepared = [net.prepare(machine) for net in nets]
+    threads = [
+        threading.Thread(target=net.train, args=(machine, table, 1024), kwargs={"prepared": made})
+        for net, made in zip(nets[:2], prepared, strict=False)
+    ]
+    for thread in threads:
+        thread.start()
+    turns = 0
+    while any(thread.is_alive() for thread in threads):
+        time.sleep(0.001)
+        turns += 1
+    for thread in threads:
+        thread.join()
+    nets[2].train(machine, table, 1024, prepared=prepared[2])
+    assert turns > 5
+    assert all(torch.equal(a, b) for a, b in zip(nets[0].there(), nets[2].there(), strict=True))
+    assert not torch.equal(nets[0].there()[0], nets[1].there()[0])
+
+
+def test_names_are_those_of_the_description() -> None:
+    """In the same order."""
+    places = [name for name, value in vars(names).items() if name.isupper() and isinstance(value, int)]
+    row = {name: getattr(names, name) for name in places if name != "MOST_LAYERS"}
+    expected = {"activations": (*names.ACTIVATIONS,), "losses": names.LOSSES, "rules": names.RULES, "row": row}
+    assert expected == native.NAMES
+    assert (*ACTIVATIONS,) == native.NAMES["activations"]
+
+
+WRONG: dict[str, tuple[Callable[[Net], Any], str]] = {
+    "activation": (lambda net: {"activations": (Activation("mish"), Activation())}, "'mish' is no activation"),
+    "no text": (lambda net: {"activations": (Activation(7), Activation())}, "7 is no activation"),  # type: ignore[arg-type]
+    "numbers": (lambda net: {"activations": (Activation("elu"), Activation())}, "elu takes 1 numbers, and not 0"),
+    "more numbers": (lambda net: {"activations": (Activation("relu", (1.0,)), Activation())}, "relu takes 0 numbers"),
+    "loss": (lambda net: {"loss": Loss("hinge")}, "'hinge' is no loss"),
+    "rule": (lambda net: {"rule": Rule("lion")}, "'lion' is no rule"),
+    "weights": (lambda net: {"loss": Loss(weighted=True)}, "class weights and the loss do not agree"),
+    "sizes": (lambda net: {"sizes": (37, 10)}, "not as many as the layers"),
+    "activations": (lambda net: {"activations": (Activation(),)}, "not as many as the layers"),
+    "no layer": (lambda net: {"sizes": (37,), "biases": (), "activations": ()}, "1 to 8 layers"),
+    "nine": (
+        lambda net: {"sizes": (4,) * 10, "biases": (True,) * 9, "activations": (Activation(),) * 9}, "1 to 8 layers"
+    ),
+    "no inputs": (lambda net: {"sizes": (0, 40, 10)}, "no inputs or no outputs"),
+    "no outputs": (lambda net: {"sizes": (37, 40, -1)}, "no inputs or no outputs"),
+    "biases": (lambda net: {"biases": (True, False)}, "parameters and biases do not agree"),
+    "state": (lambda net: net.m.__setitem__(0, torch.empty(0)) or {"rule": Rule("momentum")}, "has no state"),
+    "second state": (lambda net: net.v.__setitem__(3, torch.empty(0)) or {"rule": Rule("adam")}, "has no state"),
+    "weight": (lambda net: net.w.__setitem__(2, torch.empty(0)) or {}, "has no numbers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_makes_no_sense_raises(name: str) -> None:
+    change, message = WRONG[name]
+    net = Net((37, 40, 10), ["relu", "identity"])
+    net.step = net.step._replace(**change(net))
+    with pytest.raises(ValueError, match=message):
+        net.prepare("plain")
+
+
+def test_calls_that_make_no_sense_raise() -> None:
+    net = Net((37, 40, 10), ["relu", "identity"])
+    prepared = net.prepare("plain")
+    given = {"machine": 0, "is_double": True, "step": net.step, "parameters": net.parameters(), "class_weight": 0}
+    assert native.prepare(**dict(reversed(given.items()))) is not None  # in any order
+    for wrong in (99, -1):
+        with pytest.raises(ValueError, match=f"machine {wrong} is another one"):
+            native.prepare(**given | {"machine": wrong})
+    with pytest.raises(TypeError, match="5 keyword arguments alone"):
+        native.prepare(**given | {"more": 1})
+    with pytest.raises(TypeError, match="5 keyword arguments alone"):
+        native.prepare(0, True, net.step, net.parameters(), 0)
+    with pytest.raises(TypeError, match="15 keyword arguments alone"):
+        native.train(prepared)
+    with pytest.raises(TypeError, match="what prepare returns"):
+        native.train()
+    with pytest.raises(ValueError, match="PyCapsule"):
+        native.train(None)
+    with pytest.raises(TypeError, match="no keyword argument 'a'"):
+        native.train(prepared, **dict.fromkeys("abcdefghijklmno", 0))
+    with pytest.raises(AttributeError, match="sizes"):
+        native.prepare(**given | {"step": net.step.loss})
+    with pytest.raises(TypeError):
+        native.prepare(**given | {"parameters": 7})
+    with pytest.raises(TypeError):
+        net.train("plain", net.table(), prepared=prepared, label_smoothing="much")
+    with pytest.raises(TypeError):
+        net.train("plain", net.table(), prepared=prepared, x=1.5)

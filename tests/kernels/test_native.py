@@ -1,10 +1,11 @@
-"""The training steps in C++, called directly, against autograd in float64: every layer, activation, rule and machine."""
+"""The training steps in C++, called directly, against autograd in float64: each activation, rule and machine."""
 
 import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import mpmath
 import pytest
@@ -37,7 +38,10 @@ ACTIVATIONS: dict[str, tuple[tuple[float, ...], Callable[[Tensor], Tensor]]] = {
 SGD = Rule("sgd")
 
 
-class Parameter(NamedTuple):
+@dataclass
+class Parameter:
+    """The addresses of a parameter, its state and its count of steps."""
+
     weight: int
     first: int = 0
     second: int = 0
@@ -46,6 +50,7 @@ class Parameter(NamedTuple):
 
 
 def address(tensor: Tensor | None) -> int:
+    """Where its numbers lie, 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -91,7 +96,9 @@ class Net:
             y = ACTIVATIONS[activation.name][1](F.linear(y, w[2 * layer], w[2 * layer + 1]))
         return y
 
-    def gradients(self, rows: Tensor, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Tensor, list[Tensor]]:
+    def gradients(
+        self, rows: Tensor, dtype: torch.dtype = torch.float64, **options: Any
+    ) -> tuple[Tensor, list[Tensor]]:
         """The loss of `rows` and its gradients at the parameters as they are now, of those that there are."""
         w = [None if p is None else p.detach().to(dtype, copy=True).requires_grad_() for p in self.w]
         loss = F.cross_entropy(self.forward(rows, w), self.targets[rows], **options)
@@ -175,7 +182,7 @@ def test_gradients_in_float32(machine: str, name: str, rows: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_every_layer_has_its_own(machine: str, dtype: torch.dtype) -> None:
     """Activations, biases and widths, on both sides of those of vectors and tiles."""
-    kinds = [*ACTIVATIONS][1:8], [*ACTIVATIONS][7:] + ["identity", "gelu", "relu"]
+    kinds = [*ACTIVATIONS][1:8], [*[*ACTIVATIONS][7:], "identity", "gelu", "relu"]
     biases = [True, False, True, True, False, False, True]
     for activations in kinds:
         sizes = (5, 300, 1, 16, 33, 257, 64, 4)[: len(activations) + 1]
@@ -241,7 +248,9 @@ def test_no_rows_that_count(machine: str) -> None:
 
 
 @each_machine
-@pytest.mark.parametrize("flags", [(False, False, False), (True, False, True), (False, True, True), (True, True, False)])
+@pytest.mark.parametrize(
+    "flags", [(False, False, False), (True, False, True), (False, True, True), (True, True, False)]
+)
 @pytest.mark.parametrize("name", names.RULES)
 @pytest.mark.parametrize("sizes", [(37, 40, 10), (300, 7, 10)])
 def test_rules(machine: str, sizes: tuple[int, ...], name: str, flags: tuple[bool, bool, bool]) -> None:
@@ -625,8 +634,8 @@ def test_calls_that_make_no_sense_raise() -> None:
         native.train(None)
     with pytest.raises(TypeError, match="no keyword argument 'a'"):
         native.train(prepared, **dict.fromkeys("abcdefghijklmno", 0))
-    with pytest.raises(AttributeError, match="sizes"):
-        native.prepare(**given | {"step": net.step.loss})
+    with pytest.raises(AttributeError, match="loss"):
+        native.prepare(**given | {"step": net.step.activations[0]})
     with pytest.raises(TypeError):
         native.prepare(**given | {"parameters": 7})
     with pytest.raises(TypeError):

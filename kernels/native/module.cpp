@@ -15,17 +15,19 @@ using namespace fusednn;
 
 namespace {
 
-// A reference that is given back.
+// A reference that is given back. What finds one answers false, with a Python error, if there is none.
 struct Held {
     PyObject *object;
-    explicit Held(PyObject *object) : object(object) {}
+    explicit Held(PyObject *object = nullptr) : object(object) {}
     ~Held() { Py_XDECREF(object); }
+    bool get_attribute(PyObject *of, const char *name) { return (object = PyObject_GetAttrString(of, name)) != nullptr; }
+    bool get_item(PyObject *of, Py_ssize_t place) { return (object = PySequence_GetItem(of, place)) != nullptr; }
     Held(const Held &) = delete;
     Held &operator=(const Held &) = delete;
     operator PyObject *() const { return object; }
 };
 
-// The readers below answer false, or null, with a Python error.
+// So do the readers below.
 
 bool read(PyObject *object, Int &number) {
     number = PyLong_AsLongLong(object);
@@ -50,15 +52,15 @@ bool read(PyObject *object, T *&address) {
 
 template <class What>
 bool read_attribute(PyObject *object, const char *name, What &to) {
-    const Held found(PyObject_GetAttrString(object, name));
-    return found && read(found, to);
+    Held found;
+    return found.get_attribute(object, name) && read(found, to);
 }
 
-// The place of the attribute `name`, a text, among `names`; -1 for an error.
+// The place among `names` of the object's name.
 template <class Name, size_t COUNT>
 bool read_name(PyObject *object, const char *what, const char *const (&names)[COUNT], Name &to) {
-    const Held name(PyObject_GetAttrString(object, "name"));
-    if (!name) return false;
+    Held name;
+    if (!name.get_attribute(object, "name")) return false;
     for (size_t i = 0; i < COUNT; ++i)
         if (PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, names[i]) == 0) {
             to = Name(i);
@@ -70,17 +72,18 @@ bool read_name(PyObject *object, const char *what, const char *const (&names)[CO
 
 bool read_activation(PyObject *object, Activation &to) {
     if (!read_name(object, "activation", ACTIVATIONS, to.name)) return false;
-    const Held numbers(PyObject_GetAttrString(object, "numbers"));
+    Held numbers;
+    if (!numbers.get_attribute(object, "numbers")) return false;
+    const Py_ssize_t count = PySequence_Size(numbers);
     const Py_ssize_t needed = to.name == SOFTPLUS ? 2 : to.name == LEAKY_RELU || to.name == ELU ? 1 : 0;
-    const Py_ssize_t count = numbers ? PySequence_Size(numbers) : -1;
     if (count < 0) return false;
     if (count != needed) {
         PyErr_Format(PyExc_ValueError, "%s takes %zd numbers, and not %zd", ACTIVATIONS[to.name], needed, count);
         return false;
     }
     for (Py_ssize_t i = 0; i < count; ++i) {
-        const Held number(PySequence_GetItem(numbers, i));
-        if (!number || !read(number, to.numbers[i])) return false;
+        Held number;
+        if (!number.get_item(numbers, i) || !read(number, to.numbers[i])) return false;
     }
     return true;
 }
@@ -114,22 +117,25 @@ bool read_parameter(PyObject *object, Rule rule, Parameter<T> &to) {
 // The layers of kernels/step.py's Step: `sizes` has one more than `biases` and `activations`, `parameters` two for each.
 template <class T>
 bool read_layers(PyObject *step, PyObject *parameters, Step<T> &to) {
-    const Held sizes(PyObject_GetAttrString(step, "sizes")), biases(PyObject_GetAttrString(step, "biases"));
-    const Held activations(PyObject_GetAttrString(step, "activations"));
-    if (!sizes || !biases || !activations) return false;
-    to.layers = PySequence_Size(biases);
-    const Py_ssize_t counts[] = {PySequence_Size(sizes), PySequence_Size(activations), PySequence_Size(parameters)};
-    if (PyErr_Occurred()) return false;
+    Held sizes, biases, activations;
+    if (!sizes.get_attribute(step, "sizes") || !biases.get_attribute(step, "biases") ||
+        !activations.get_attribute(step, "activations"))
+        return false;
+    Int counts[4] = {};
+    PyObject *const sequences[] = {biases, sizes, activations, parameters};
+    for (int i = 0; i < 4; ++i)
+        if ((counts[i] = PySequence_Size(sequences[i])) < 0) return false;
+    to.layers = counts[0];
     if (to.layers < 1 || to.layers > MOST_LAYERS) return wrong("there are 1 to 8 layers");
-    if (counts[0] != to.layers + 1 || counts[1] != to.layers || counts[2] != 2 * to.layers)
+    if (counts[1] != to.layers + 1 || counts[2] != to.layers || counts[3] != 2 * to.layers)
         return wrong("sizes, activations and parameters are not as many as the layers need");
     for (Int l = 0; l < to.layers; ++l) {
         Layer<T> &layer = to.layer[l];
-        const Held inputs(PySequence_GetItem(sizes, l)), outputs(PySequence_GetItem(sizes, l + 1));
-        const Held activation(PySequence_GetItem(activations, l)), has_bias(PySequence_GetItem(biases, l));
-        const Held w(PySequence_GetItem(parameters, 2 * l)), b(PySequence_GetItem(parameters, 2 * l + 1));
+        Held inputs, outputs, activation, has_bias, w, b;
         bool is_there = false;
-        if (!inputs || !outputs || !activation || !has_bias || !w || !b) return false;
+        if (!inputs.get_item(sizes, l) || !outputs.get_item(sizes, l + 1) || !activation.get_item(activations, l) ||
+            !has_bias.get_item(biases, l) || !w.get_item(parameters, 2 * l) || !b.get_item(parameters, 2 * l + 1))
+            return false;
         if (!read(inputs, layer.inputs) || !read(outputs, layer.outputs) || !read(has_bias, is_there)) return false;
         if (layer.inputs < 1 || layer.outputs < 1) return wrong("a layer has no inputs or no outputs");
         if (!read_activation(activation, layer.activation)) return false;
@@ -141,8 +147,9 @@ bool read_layers(PyObject *step, PyObject *parameters, Step<T> &to) {
 
 template <class T>
 bool read_step(PyObject *step, PyObject *parameters, Int class_weight, Step<T> &to) {
-    const Held loss(PyObject_GetAttrString(step, "loss")), rule(PyObject_GetAttrString(step, "rule"));
-    if (!loss || !rule || !read_loss(loss, to.loss) || !read_rule(rule, to.rule)) return false;
+    Held loss, rule;
+    if (!loss.get_attribute(step, "loss") || !read_loss(loss, to.loss)) return false;
+    if (!rule.get_attribute(step, "rule") || !read_rule(rule, to.rule)) return false;
     if (!read_attribute(step, "accuracy", to.accuracy)) return false;
     to.class_weight = reinterpret_cast<const T *>(static_cast<uintptr_t>(class_weight));
     if (to.loss.weighted != (class_weight != 0)) return wrong("the class weights and the loss do not agree");

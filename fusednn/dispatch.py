@@ -135,11 +135,11 @@ def without_memory(x: torch.Tensor) -> str | None:
 
 
 def _tell(operation: str, x: torch.Tensor) -> None:
-    against = refusal(x)
-    if against is None:
+    why_not = refusal(x)
+    if why_not is None:
         note(Decision(operation, "Triton interpreter" if x.is_cpu else "Triton", f"{x.device}, {x.dtype}"))
     else:
-        note(Decision(operation, "PyTorch", against))
+        note(Decision(operation, "PyTorch", why_not))
 
 
 def note(decision: Decision) -> None:

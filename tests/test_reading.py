@@ -337,13 +337,13 @@ def test_a_loop_over_modules_and_a_constant_attribute() -> None:
     model = Looping()
     assert isinstance(find_net(model), Net)
     model.use_dropout = True
-    assert "dropout, and not a chain of Linears" in find_net(model)
+    assert "no training kernel computes dropout" in find_net(model)
     model.use_dropout = False
     assert isinstance(find_net(model), Net)
     model.layers[1] = nn.Tanh()
     assert find_net(model).activations[0].name == "tanh"
     model.layers[1] = nn.Tanhshrink()
-    assert "not a chain of Linears" in find_net(model)
+    assert "no training kernel computes Tanhshrink" in find_net(model)
 
 
 @pytest.mark.parametrize("dropout", [nn.Dropout(0.5), nn.Dropout(0.0), nn.Identity()])
@@ -467,7 +467,4 @@ def test_a_sequential_that_grows_is_read_again(device: str) -> None:
     model.append(nn.Tanh())
     assert [activation.name for activation in find_net(model).activations] == ["relu", "tanh"]
     model.append(nn.Softmax(1))
-    words = (
-        "the model is Linear, ReLU, Linear, Tanh, Softmax, and not a chain of Linears with an activation behind each"
-    )
-    assert find_net(model) == words
+    assert find_net(model) == "no training kernel computes Softmax"

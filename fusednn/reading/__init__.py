@@ -11,6 +11,7 @@ what it is given.
 Sources are kept by code object, and one that is not that of the code that runs is not believed.
 """
 
+from .activations import FORMS, MODULES, Form
 from .facts import GONE, Facts
 from .nodes import Node, Place, Reading, Size, Unread, nodes_of
 from .reader import plain_class
@@ -19,6 +20,6 @@ from .ways import ways
 from .whole import CALLS, HOOKS, UNTOUCHED, read
 
 __all__ = [
-    "CALLS", "GONE", "HOOKS", "UNTOUCHED", "Facts", "Node", "Place", "Reading", "Size", "Unread", "nodes_of",
-    "plain_class", "read", "source", "ways",
+    "CALLS", "FORMS", "GONE", "HOOKS", "MODULES", "UNTOUCHED", "Facts", "Form", "Node", "Place", "Reading", "Size",
+    "Unread", "nodes_of", "plain_class", "read", "source", "ways",
 ]  # fmt: skip

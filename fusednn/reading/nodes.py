@@ -6,16 +6,20 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-NAMES: dict[Any, str] = {
-    F: "relu relu_ leaky_relu leaky_relu_ elu elu_ gelu silu tanh sigmoid softplus dropout",
-    torch: "relu relu_ tanh tanh_ sigmoid sigmoid_ flatten reshape",
+from . import activations
+
+NAMES: dict[Any, list[str]] = {
+    F: [*activations.spelled(F), "dropout"],
+    torch: [*activations.spelled(torch), "flatten", "reshape"],
+    Tensor: [*activations.METHODS, "flatten", "reshape", "view"],
 }
-FUNCTIONS: dict[Any, str] = {getattr(owner, name): name for owner, names in NAMES.items() for name in names.split()}
-"""The functions of a tensor that are known, and their names."""
+"""The functions of a tensor, and its methods, that are known."""
 
-METHODS = ("relu", "relu_", "tanh", "tanh_", "sigmoid", "sigmoid_", "flatten", "reshape", "view")
-"""The methods of a tensor that are known."""
+FUNCTIONS: dict[Any, str] = {getattr(owner, name): name for owner in (F, torch) for name in NAMES[owner]}
+
+METHODS = NAMES[Tensor]
 
 LOOKS = ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad", "size", "dim", "numel", "is_floating_point")
 """Attributes and methods that tell something of a tensor other than its numbers."""

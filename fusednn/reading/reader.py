@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .activations import WITHOUT_OPTIONS
 from .facts import GONE
 from .nodes import CONSTANTS, FUNCTIONS, LOOKS, METHODS, Method, Node, Place, Size, Undecided, Unread, nodes_of
 from .sources import Source, line_of, source
@@ -414,6 +415,8 @@ class Reader:
         if _is_known(callee) and not args and "input" in kwargs:
             args = [kwargs.pop("input")]
             given = [*args, *kwargs.values()]
+        if callee in WITHOUT_OPTIONS and len(given) > 1:
+            return self.refuse(frame, call)  # it raises TypeError
         if _is_known(callee) and args and isinstance(args[0], Node) and not nodes_of(given[1:]):
             return self.known(frame, call, "function", FUNCTIONS[callee], args, kwargs)
         return self.other(frame, call, _name(call.func), [callee, *given])

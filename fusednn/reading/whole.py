@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from .. import modules
+from .activations import MODULES
 from .facts import GONE, Facts
-from .nodes import METHODS, NAMES, Node, Reading, Unread
+from .nodes import CONSTANTS, NAMES, Node, Reading, Unread
 from .reader import Frame, Reader, plain_class
 from .sources import Source
 
@@ -43,8 +44,11 @@ class _Whole(Reader):
 
     def source_of(self, function: Any) -> Source:
         self.facts.attribute(function, "__code__")
-        if function.__defaults__ or function.__kwdefaults__:
-            self.facts.never()  # they are tuples and dicts of anything
+        defaults = function.__defaults__ or ()
+        if function.__kwdefaults__ or any(type(default) not in CONSTANTS for default in defaults):
+            self.facts.never()  # they may lead back to the model, and a dict changes unseen
+        else:
+            self.facts.attribute(function, "__defaults__", held=True)
         return super().source_of(function)
 
     def call_module(
@@ -122,15 +126,14 @@ CALLS.append(("__getattribute__", object.__getattribute__))
 UNTOUCHED: list[tuple[Any, str, Any]] = [
     (owner, name, getattr(owner, name))
     for owner, names in (
-        *((kind, "forward") for kind in (
-            nn.Linear, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus,
-            nn.Sequential, nn.Flatten, nn.Identity, nn.Dropout, nn.CrossEntropyLoss,
+        *((kind, ["forward"]) for kind in (
+            nn.Linear, *MODULES, nn.Sequential, nn.Flatten, nn.Identity, nn.Dropout, nn.CrossEntropyLoss,
             modules.Linear, modules.LinearReLU, modules.SimpleNN, modules.CrossEntropyLoss,
         )),
-        *NAMES.items(), (F, "linear cross_entropy"), (torch.autograd, "backward grad"),
-        (Tensor, f"{' '.join(METHODS)} backward __getitem__ detach"),
+        *NAMES.items(), (F, ["linear", "cross_entropy"]), (torch.autograd, ["backward", "grad"]),
+        (Tensor, ["backward", "__getitem__", "detach"]),
     )
-    for name in names.split()
+    for name in names
 ]  # fmt: skip
 """What the engines take for granted, as it was when it was imported; fuse adds its own."""
 

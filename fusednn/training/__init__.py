@@ -74,9 +74,9 @@ def train_steps(
 
     `explain` names the engine that makes the steps, or with ``steps=0`` the one that would:
 
-    * "resident" is one program on a GPU that makes all steps, in launches of some 40 ms. It takes one to eight Linears of
-      a moderate size in float32 or float64, each with or without a bias, with a ReLU, LeakyReLU, ELU, GELU, SiLU, Tanh,
-      Sigmoid or Softplus behind it, or nothing; nn.CrossEntropyLoss; and torch.optim's Adam, AdamW or SGD without
+    * "resident" is one program on a GPU that makes all steps, in launches of some 40 ms. It takes one to eight Linears
+      of a moderate size in float32 or float64, each with or without a bias, with a ReLU, LeakyReLU, ELU, GELU, SiLU,
+      Tanh, Sigmoid or Softplus behind it, or nothing; nn.CrossEntropyLoss; and torch.optim's Adam, AdamW or SGD without
       amsgrad.
     * "captured" makes each step a CUDA graph of many programs, where that is quicker.
     * "native" is the same on a CPU: a loop in C++, in this thread alone, in calls of some 40 ms.

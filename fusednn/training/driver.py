@@ -144,7 +144,7 @@ class TrainStep:
                 self._unread = 0
                 loss, right = self._launch(choice, job)
                 choice = choice.without_data()
-                self._choice, self._kernels.job = choice if inputs.dim() == 2 else None, choice.job
+                self._choice, self._kernels.job = choice, choice.job
         return (loss, right) if job.return_accuracy else loss
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -165,7 +165,7 @@ class TrainStep:
     def _launch(self, choice: Choice, job: Job) -> tuple[Tensor, Tensor | None]:
         assert choice.net is not None
         engine, net = self._kernels, choice.net
-        kind = choice.engine, net.first.dtype, net.first.device, net.activations
+        kind = choice.engine, net.first.dtype, net.first.device, net.sizes, net.activations
         if kind != self._kind or not all(map(operator.is_, engine.net.places, net.places)):
             self._kind, self._kernels = kind, (engine := start(choice))  # which looks at the labels
         else:

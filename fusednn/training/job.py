@@ -93,8 +93,10 @@ def check(
     if on_chunk is not None and not callable(on_chunk):
         raise TypeError(f"on_chunk needs a function, not {type(on_chunk).__name__}")
     return Job(
-        model, optimizer, criterion, given["lr_schedule"], return_accuracy, inputs, targets, batch_size, total, rows,
-        start_step, given["shuffle"], generator, order, seed, on_chunk, chunk_steps,
+        model=model, optimizer=optimizer, criterion=criterion, lr_schedule=given["lr_schedule"],
+        return_accuracy=return_accuracy, inputs=inputs, targets=targets, batch_size=batch_size, steps=total,
+        epoch_rows=rows, start_step=start_step, shuffle=given["shuffle"], generator=generator, order=order, seed=seed,
+        on_chunk=on_chunk, chunk_steps=chunk_steps,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from .. import reading
 from ..fuse import FusedLinear, FusedReLU
 from ..kernels.step import MOST_LAYERS, Activation
 from ..modules import Linear, LinearReLU
-from ..reading import Facts, Node, Reading, Size
+from ..reading import FORMS, MODULES, Facts, Node, Reading, Size
 
 Features = tuple[int, ...]
 
@@ -27,6 +27,8 @@ class Net(NamedTuple):
     places: tuple[Tensor | None, ...]
     sizes: tuple[int, ...]
     activations: tuple[Activation, ...]
+    needs_rows: bool = False
+    """Whether a view stands in front, of which PyTorch makes no matrix where there are no rows."""
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -58,8 +60,8 @@ def read(model: Any, features: Features | None) -> tuple[Net | str, Facts]:
     found, facts = _kept(_NETS, model, features, _net_of)
     if isinstance(found, str):
         return found, facts
-    places, (sizes, activations) = found
-    return Net(tuple(places), sizes, activations), facts
+    places, more = found
+    return Net(tuple(places), *more), facts
 
 
 def read_pure(model: Any) -> list[Tensor] | str:
@@ -81,9 +83,9 @@ _PURE: "WeakKeyDictionary[nn.Module, Any]" = WeakKeyDictionary()
 
 
 def _kept(kept: Any, model: Any, features: Features | None, find: Callable[..., Any]) -> tuple[Any, Facts]:
-    """The tensors that `find` found in `model`, and what else: before, if nothing has changed since, or else now.
+    """What `find` finds in `model`, tensors and something else, or why there is nothing; and the facts.
 
-    Or words for why there are none; and the facts.
+    If nothing has changed since it was last asked, it is what was found then.
     """
     if not isinstance(model, nn.Module):
         facts = Facts()
@@ -120,115 +122,133 @@ def _kind_of(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _net_of(model: nn.Module, found: Reading, features: Features | None, facts: Facts) -> Any:
-    """The net of a chain: its tensors, and its sizes and activations."""
+    """The net of a chain of nodes: its tensors, and what else it is. Or why there is none."""
     chain = found.nodes
-    words = f"the model is {', '.join(map(str, chain[1:8])) or 'its input'}{', ...' * (len(chain) > 8)}"
-    other = f"{words}, and not a chain of Linears with an activation behind each"
-    if found.output is not chain[-1] or any(node.operands != (before,) for before, node in pairwise(chain)):
-        return other
-    places: list[Tensor | None] = []
-    sizes: tuple[int, ...] = ()
-    activations: list[Activation] = []
+    for before, node in pairwise(chain):
+        if node.operands != (before,):
+            return f"the model is no chain: {node} gets another tensor than that of {before}, which is before it"
+    if found.output is not chain[-1]:
+        return f"the model returns something else than what the last of it, {chain[-1]}, computes"
+    layers = _Layers(features, facts)
     for node in chain[1:]:
-        kind = _kind(node, facts)
-        if kind.startswith("linear"):
-            weight, bias = (facts.item(node.what, "_parameters", name) for name in ("weight", "bias"))
-            facts.attribute(node.what, "__class__")
-            if not isinstance(weight, Tensor) or weight.dim() != 2:
-                facts.never()  # its shape may change
-                return other
-            if bias is not None and (not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]):
-                facts.never()
-                return "a bias has another shape than [out_features]"
-            if features not in (None, weight.shape[1:]):
-                facts.never()
-                return f"a row that has {list(features or ())} numbers meets a Linear that takes {weight.shape[1]}"
-            features = (weight.shape[0],)
-            sizes = (*(sizes or (weight.shape[1],)), weight.shape[0])
-            places += [weight, bias]
-            activations.append(Activation("relu") if kind == "linear relu" else Activation())
-        elif kind == "flatten":
-            if (features := _flattened(node, features, facts)) == ():
-                return other
-        else:
-            activation = activation_of(node, facts)
-            if activation is None or not activations:
-                return other
-            if activations[-1] == Activation():
-                activations[-1] = activation
-            elif not activation == activations[-1] == Activation("relu"):  # of which two are one
-                return other
-    if not places:
-        return other
-    if len(activations) > MOST_LAYERS:
-        return f"the model has {len(activations)} Linears, and a training kernel takes {MOST_LAYERS}"
-    if 0 in sizes:
-        return f"a Linear of {'-'.join(map(str, sizes))} is empty"
-    refusal = parameters_refusal([place for place in places if place is not None], facts)
-    return refusal or (places, (sizes, tuple(activations)))
+        if (refusal := layers.add(node)) is not None:
+            return refusal
+    if not layers.places:
+        return "the model has no Linear"
+    if len(layers.activations) > MOST_LAYERS:
+        return f"the model has {len(layers.activations)} Linears, and a training kernel takes {MOST_LAYERS}"
+    if 0 in layers.sizes:
+        return f"a Linear of {'-'.join(map(str, layers.sizes))} is empty"
+    refusal = parameters_refusal([place for place in layers.places if place is not None], facts)
+    return refusal or (layers.places, (layers.sizes, tuple(layers.activations), layers.needs_rows))
 
 
-def _kind(node: Node, facts: Facts) -> str:
-    """What a node computes: "linear", "linear relu", "flatten", or something else, perhaps an activation."""
-    if node.kind != "module":
-        return "flatten" if node.what in ("flatten", "view", "reshape") else "other"
-    kind = type(node.what)
-    if kind is FusedLinear:
-        return "linear relu" if facts.item(node.what, "__dict__", "applies_relu") is True else "linear"
-    return _LAYERS.get(kind, "other")
+class _Layers:
+    """Collects the layers of a net, node by node. `features` is the shape of what a node gets, without the rows."""
+
+    def __init__(self, features: Features | None, facts: Facts) -> None:
+        self.features, self.facts = features, facts
+        self.places: list[Tensor | None] = []
+        self.sizes: Features = ()
+        self.activations: list[Activation] = []
+        self.needs_rows = False
+
+    def add(self, node: Node) -> str | None:
+        """Add what a node computes; or why no kernel computes it."""
+        kind = type(node.what) if node.kind == "module" else None
+        if kind in _LINEARS:
+            applies_relu = kind is LinearReLU or (
+                kind is FusedLinear and self.facts.item(node.what, "__dict__", "applies_relu") is True
+            )
+            return self._linear(node) or (self._activation(node, Activation("relu"), False) if applies_relu else None)
+        if kind is nn.Flatten or (kind is None and node.what in _VIEWS):
+            if (made := _flattened(node, self.features, self.facts)) == ():
+                return f"{node} does not make a row of each example"
+            self.features, self.needs_rows = made, self.needs_rows or node.what in ("view", "reshape")
+            return None
+        if (kind or node.what.removesuffix("_")) not in (*_MODULES, *FORMS):
+            return f"no training kernel computes {node}"
+        activation = activation_of(node, self.facts)
+        if activation is None:
+            return f"no training kernel computes {node} with such options"
+        return self._activation(node, *activation)
+
+    def _linear(self, node: Node) -> str | None:
+        facts, features = self.facts, self.features
+        weight, bias = (facts.item(node.what, "_parameters", name) for name in ("weight", "bias"))
+        facts.attribute(node.what, "__class__")
+        if not isinstance(weight, Tensor) or weight.dim() != 2:
+            facts.never()  # its shape may change
+            return f"the weight of {node} is no matrix"
+        if bias is not None and (not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]):
+            facts.never()
+            return "a bias has another shape than [out_features]"
+        outputs, inputs = weight.shape
+        if features not in (None, (inputs,)):
+            facts.never()
+            return f"a row that has {list(features or ())} numbers meets a Linear that takes {inputs}"
+        self.features = (outputs,)
+        self.sizes = (*(self.sizes or (inputs,)), outputs)
+        self.places += [weight, bias]
+        self.activations.append(Activation())
+        return None
+
+    def _activation(self, node: Node, activation: Activation, in_place: bool) -> str | None:
+        if not self.activations:
+            return f"{node} stands in front of the first Linear"
+        before = self.activations[-1]
+        if before == Activation():
+            self.activations[-1] = activation
+        elif not before == activation == Activation("relu"):  # of which two are one
+            return f"{node} stands behind another activation"
+        elif in_place:
+            return f"{node} works in place on another's result, of which PyTorch then has no gradient"
+        return None
 
 
-_LAYERS: dict[type, str] = {nn.Linear: "linear", Linear: "linear", LinearReLU: "linear relu", nn.Flatten: "flatten"}
+_LINEARS = (nn.Linear, Linear, LinearReLU, FusedLinear)
+_VIEWS = ("flatten", "view", "reshape")
+_MODULES: dict[type, str] = MODULES | {FusedReLU: "relu"}
 
-_MODULES: dict[type, str] = {
-    nn.ReLU: "relu", FusedReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.ELU: "elu", nn.GELU: "gelu", nn.SiLU: "silu",
-    nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.Softplus: "softplus",
-}  # fmt: skip
-
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "relu": {"inplace": False},
-    "leaky_relu": {"negative_slope": 0.01, "inplace": False},
-    "elu": {"alpha": 1.0, "inplace": False},
-    "gelu": {"approximate": "none"},
-    "silu": {"inplace": False},
-    "tanh": {},
-    "sigmoid": {},
-    "softplus": {"beta": 1.0, "threshold": 20.0},
-}
-"""The activations as torch.nn.functional calls them, with their options in order, and the defaults of these."""
+LARGEST = torch.finfo(torch.float32).max
+"""A larger number of an activation PyTorch refuses in float32."""
 
 
-def activation_of(node: Node, facts: Facts) -> Activation | None:
-    """The activation that a node is, with its numbers; None where it is none, or one that no kernel computes."""
+def activation_of(node: Node, facts: Facts) -> tuple[Activation, bool] | None:
+    """The activation that a node is, and whether it works in place; None for options that no kernel takes."""
+    positional: tuple[Any, ...] = ()
     if node.kind == "module":
-        name = _MODULES.get(type(node.what), "")
-        options = {option: facts.item(node.what, "__dict__", option) for option in _OPTIONS.get(name, {})}
+        name = _MODULES[type(node.what)]
+        form = FORMS[name]
+        options = {option: facts.item(node.what, "__dict__", option) for option in form.options}
     else:
         name, (positional, named) = node.what.removesuffix("_"), node.arguments
-        options = dict(_OPTIONS.get(name, {}))
-        in_place = name != node.what
-        if in_place:
+        form = FORMS[name]
+        options = dict(form.options)
+        if in_place := name != node.what:
             options.pop("inplace", None)  # F.elu_ has others behind alpha
-        if name not in _OPTIONS or len(positional) > len(options) or not named.keys() <= options.keys():
+        if len(positional) > (0 if form.by_name or node.kind == "method" else len(options)):
+            return None
+        if not named.keys() <= options.keys() or (named and node.kind == "method"):
             return None
         options |= dict(zip(options, positional, strict=False)) | dict(named)
         options.setdefault("inplace", in_place)
-    if name not in _OPTIONS:
-        return None
     if name == "gelu":
-        return {"none": Activation("gelu"), "tanh": Activation("gelu_tanh")}.get(options["approximate"])
-    in_place, numbers = options.pop("inplace", False), tuple(options.values())
-    if any(type(number) not in (int, float) or not math.isfinite(number) for number in numbers):
+        names = {"none": "gelu", "tanh": "gelu_tanh"}
+        return (Activation(names[options["approximate"]]), False) if options["approximate"] in names else None
+    in_place, numbers = options.pop("inplace", False) is not False, tuple(options.values())
+    if any(type(number) not in (int, float) or not abs(number) <= LARGEST for number in numbers):
         return None
-    if in_place is not False and any(number < 0 for number in numbers):  # of which PyTorch has no gradient
-        return None
-    return Activation(name, tuple(map(float, numbers)))
+    if in_place and (name == "elu" or any(number < 0 for number in numbers)):
+        return None  # PyTorch reads the slope off the result then, or has none
+    return Activation(name, tuple(map(float, numbers))), in_place
 
 
 def _flattened(node: Node, features: Features | None, facts: Facts) -> Features | None:
-    """The shape of a row behind a view: what it was as a vector, or () where that is not what the view makes of it."""
-    if features == ():
-        return ()
+    """The features behind a view, of those before it, which are None where they are not known.
+
+    () where it does not make of each row a vector of all its numbers.
+    """
     whole = None if features is None else math.prod(features)
     if node.what in ("view", "reshape"):
         sizes = node.arguments[0]
@@ -240,7 +260,9 @@ def _flattened(node: Node, features: Features | None, facts: Facts) -> Features 
         of_rows = isinstance(rows, Size) and rows.dim == 0
         if type(columns) is not int or not (of_rows or (rows == -1 and columns > 0)):
             return ()
-        return (whole or columns,) if columns == whole or (whole is None and columns > 0) else _rest(columns, whole)
+        if columns == -1:
+            return None if whole is None else (whole,)
+        return (columns,) if columns > 0 and whole in (None, columns) else ()
     if node.kind == "module":
         ends = {name: facts.item(node.what, "__dict__", name) for name in ("start_dim", "end_dim")}
     else:
@@ -251,21 +273,18 @@ def _flattened(node: Node, features: Features | None, facts: Facts) -> Features 
     return None if whole is None else (whole,)
 
 
-def _rest(columns: int, whole: int | None) -> Features | None:
-    """Of view(rows, -1)."""
-    return () if columns != -1 else None if whole is None else (whole,)
-
-
-PURE: tuple[type[nn.Module], ...] = (*_LAYERS, *_MODULES, FusedLinear, nn.LayerNorm)
+PURE: tuple[type[nn.Module], ...] = (*_LINEARS, *_MODULES, nn.Flatten, nn.LayerNorm)
 """Modules that do the same to any tensors of one shape."""
+
+_PURE_NAMES = (*FORMS, *_VIEWS)
 
 
 def _pure_of(model: nn.Module, found: Reading, features: None, facts: Facts) -> Any:
-    """All parameters of a model each of whose modules is pure and used; there is nothing else to keep."""
+    """All parameters of a model whose modules are pure and used, and nothing else."""
     used: dict[Tensor, None] = {}
     users = found.users()
     for node in found.nodes[1:]:
-        if not (type(node.what) in PURE if node.kind == "module" else node.what.removesuffix("_") in _OPTIONS):
+        if not (type(node.what) in PURE if node.kind == "module" else node.what.removesuffix("_") in _PURE_NAMES):
             return f"the model calls {node}"
         if node.kind == "module":
             used |= dict.fromkeys(node.what.parameters())

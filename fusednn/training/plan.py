@@ -55,7 +55,9 @@ class Choice(NamedTuple):
     def is_for(self, job: Job) -> bool:
         """Whether `choose` would choose the same for a batch that is as large at most, by what is quick to see."""
         found, batch = self.net, job.inputs
-        if found is None or batch.dim() != 2 or batch.shape[1] != found.sizes[0]:
+        if found is None or batch.shape[1:] != self.job.inputs.shape[1:] or flat(batch) is None:
+            return False
+        if found.needs_rows and not batch.shape[0]:
             return False
         if batch.dtype is not found.first.dtype or job.batch_size > self.job.batch_size:
             return False
@@ -75,13 +77,13 @@ def choose(job: Job) -> Choice:
         return Choice(Looped, refusal, job)
     found, facts = _read(job)
     for engine in _engines(job.inputs):
-        against = engine.refusal(job, found)
-        if against is None:
+        refused = engine.refusal(job, found)
+        if refused is None:
             parameters = engine.parameters(job, found)
             if not issubclass(engine, Chunks) or isinstance(found, str):
                 return Choice(engine, refusal, job, parameters)
             return Choice(engine, refusal, job, parameters, found, facts, tuple(map(id, job.optimizer.param_groups)))
-        refusal = refusal or against
+        refusal = refusal or refused
     raise AssertionError("the loop refuses nothing")
 
 
@@ -144,6 +146,8 @@ def _read(job: Job) -> tuple[Net | str, tuple[Facts, ...]]:
         before = _Read(ref(model), _weakly(job.criterion), kept, features, kinds, (net_facts, facts), refusal)
         _READ[job.optimizer] = before
     refusal = before.refusal or optimizers.refusal_now(job.optimizer, parameters)
+    if found.needs_rows and not inputs.shape[0]:
+        refusal = refusal or "there are no rows, of which a view makes no matrix"
     return refusal or net.memory_refusal(parameters) or _device_refusal(job, found) or found, before.facts
 
 
@@ -159,13 +163,10 @@ def refusal_to_go_on(now: Choice, before: Choice) -> str | None:
     """Why the kernels of a choice no longer do what is asked for, now that a user's code had its turn."""
     if now.engine is not before.engine or now.parameters is None:
         return now.reason
-    shape = now.job.inputs.shape
-    if shape != before.job.inputs.shape or now.job.inputs.data_ptr() != before.job.inputs.data_ptr():
-        return f"the inputs became {list(shape)}"
     if [*map(id, now.parameters)] != [*map(id, before.parameters or ())]:
         return "the model has other parameters"
     same = now.net is None or before.net is None or now.net[1:] == before.net[1:]
-    return None if same else "the model has other activations"
+    return None if same else "the model has other sizes or activations"
 
 
 def _data_refusal(job: Job) -> str | None:

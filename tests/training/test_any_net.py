@@ -198,3 +198,71 @@ def test_a_step_of_another_net_after_a_change(device: str) -> None:
             assert step.engine == one_call(device)
         results.append(torch.stack(losses))
     torch.testing.assert_close(*results)
+
+
+class Optional(nn.Module):
+    """An argument that is left out, and a view in front."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(20, 12), nn.Linear(12, 10)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        h = torch.tanh(self.fc1(x.view(x.size(0), -1)))
+        return self.fc2(h if mask is None else h * mask)
+
+
+def test_arguments_with_defaults_are_no_reason_to_read_again(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Optional().to(device)
+    step, (x, targets) = fusednn.make_train_step(model, adam(model.parameters())), data(device)
+    for _ in range(3):
+        step(x, targets)
+    monkeypatch.setattr("fusednn.reading.read", None)
+    step(x, targets)
+    assert step.engine == one_call(device)
+
+
+def test_no_rows_behind_a_view_raise_as_in_the_loop(device: str) -> None:
+    """PyTorch makes no matrix of them, and no step is counted."""
+    model = Optional().to(device)
+    optimizer, (x, targets) = adam(model.parameters()), data(device)
+    step = fusednn.make_train_step(model, optimizer)
+    for _ in range(2):
+        step(x, targets)
+        with pytest.raises(RuntimeError, match="cannot reshape tensor of 0 elements"):
+            step(x[:0], targets[:0])
+    assert {int(state["step"]) for state in optimizer.state.values()} == {2}
+
+
+def test_images_that_on_chunk_exchanges(device: str) -> None:
+    """The steps behind it are made on the new ones, as in the loop."""
+    runs = []
+    for hooked in (False, True):
+        model = nn.Sequential(nn.Flatten(), *chain(device, [20, 12, 10], ["silu", "identity"], [True, True]))
+        if hooked:
+            model.register_forward_hook(lambda module, args, output: None)
+        x, targets = data(device)
+        images, other = x.view(-1, 4, 5).clone(), x.flip(0).view(-1, 4, 5).clone()
+
+        def exchange(done: int, losses: Tensor, images: Tensor = images, other: Tensor = other) -> None:
+            images.data = other
+
+        given: Any = {"steps": 4, "chunk_steps": 2, "on_chunk": exchange, "shuffle": False, "batch_size": 16}
+        runs.append(train_steps(model, SGD(model.parameters(), lr=0.1), images, targets, **given))
+    torch.testing.assert_close(*runs)
+
+
+@pytest.mark.parametrize("hidden", [2, 30])
+def test_weights_of_another_shape_between_two_steps(device: str, hidden: int) -> None:
+    losses = []
+    for make in (fusednn.make_train_step, reference.make_train_step):
+        model: Any = chain(device, [20, 12, 10], ["tanh", "identity"], [True, True])
+        step, (x, targets) = make(model, SGD(model.parameters(), lr=0.1)), data(device)
+        losses.append(step(x, targets))
+        model[0].weight.data, model[0].bias.data = (
+            torch.ones(hidden, 20, device=device),
+            torch.ones(hidden, device=device),
+        )
+        model[2].weight.data = torch.linspace(-1, 1, 10 * hidden, device=device).view(10, hidden)
+        losses += [step(x, targets), step(x, targets)]
+    torch.testing.assert_close(losses[:3], losses[3:])

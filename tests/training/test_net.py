@@ -196,7 +196,12 @@ SPELLINGS = {
     "F.leaky_relu(input=z, negative_slope=-0.2)": Activation("leaky_relu", (-0.2,)),
     "F.leaky_relu_(z, 0.2)": Activation("leaky_relu", (0.2,)),
     "F.elu(z, alpha=0.5)": Activation("elu", (0.5,)),
-    "F.elu_(z)": Activation("elu", (1.0,)),
+    "F.elu_(z)": None,
+    "F.elu(z, 1.0, True)": None,
+    "F.gelu(z, 'tanh')": None,
+    "torch.relu(z, True)": None,
+    "z.relu(True)": None,
+    "F.softplus(z, 1e39)": None,
     "F.gelu(z)": Activation("gelu"),
     "F.gelu(z, approximate='tanh')": Activation("gelu_tanh"),
     "F.silu(z)": Activation("silu"),
@@ -400,15 +405,19 @@ def hooked(parameter: nn.Parameter) -> None:
 LEFT = {
     "a function": (lambda: F.relu, "not a module"),
     "nine layers": (lambda: nn.Sequential(*(nn.Linear(4, 4) for _ in range(9))), "has 9 Linears, and a"),
-    "no layer": (nn.Tanh, "not a chain of Linears"),
+    "no layer": (nn.Tanh, "Tanh stands in front of the first Linear"),
+    "nothing": (nn.Sequential, "the model has no Linear"),
     "an empty layer": (empty, "4-5-0-3 is empty"),
-    "an activation before": (Twice, "not a chain of Linears"),
-    "two activations": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.ReLU()), "not a chain of Linears"),
-    "ReLU6": (lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU6(), nn.Linear(5, 3)), "Linear, ReLU6, Linear, and not a"),
+    "an activation before": (Twice, "relu stands in front of the first Linear"),
+    "two activations": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.ReLU()), "ReLU stands behind another"),
+    "ReLU6": (lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU6(), nn.Linear(5, 3)), "no training kernel computes ReLU6"),
+    "ELU in place": (lambda: nn.Sequential(nn.Linear(4, 5), nn.ELU(inplace=True)), "computes ELU with such options"),
+    "LeakyReLU of a large number": (lambda: nn.Sequential(nn.Linear(4, 5), nn.LeakyReLU(10**400)), "with such options"),
+    "ReLU in place on a ReLU": (lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.ReLU(True)), "works in place"),
     "no fit": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Linear(4, 3)), "5] numbers meets a Linear that"),
     "a shortcut": (Shortcut, "F.relu(hidden) + hidden"),
     "scaled": (Scaled, "return 2 * self.second"),
-    "two outputs": (TwoOutputs, "not a chain of Linears"),
+    "two outputs": (TwoOutputs, "returns something else than what the last of it, Linear"),
     "counting": (Counting, "self.calls += 1"),
     "counting inside": (lambda: Outer(Counting()), "self.calls += 1"),
     "counting in a dict": (Tallying, 'self.counts["calls"] += 1'),
@@ -429,7 +438,7 @@ LEFT = {
     "frozen": (lambda: changed(Custom(), lambda m: m.second.requires_grad_(False)), "frozen"),
     "tied": (tied, "share memory"),
     "two dtypes": (lambda: changed(Custom(), lambda m: m.second.double()), "several dtypes"),
-    "parametrized": (lambda: changed(Custom(), lambda m: parametrize.register_parametrization(m.first, "weight", nn.Identity())), "not a chain"),  # noqa: E501
+    "parametrized": (lambda: changed(Custom(), lambda m: parametrize.register_parametrization(m.first, "weight", nn.Identity())), "computes ParametrizedLinear"),  # noqa: E501
     "transposed": (lambda: changed(Custom(), lambda m: setattr(m.first, "weight", nn.Parameter(torch.randn(4, 5).t()))), "not contiguous"),  # noqa: E501
 }  # fmt: skip
 

@@ -314,7 +314,7 @@ LEFT_TO_THE_LOOP: dict[str, tuple[Any, str]] = {
     "a hook on the model": (lambda m, p: (in_a_loop(m), Adam(p)), "hooks"),
     "frozen": (lambda m, p: (frozen(m), Adam(p)), "frozen"),
     "half the parameters": (lambda m, p: (m, Adam(p[:2])), "not exactly the model's"),
-    "dropout": (lambda m, p: (nn.Sequential(m, nn.Dropout(0.5)), Adam(p)), "not a chain of Linears"),
+    "dropout": (lambda m, p: (nn.Sequential(m, nn.Dropout(0.5)), Adam(p)), "no training kernel computes Dropout"),
     "ten layers": (lambda m, p: (m.extend(nn.Linear(10, 10) for _ in range(8)), Adam(p)), "10 Linears"),
     "mixed momentum": (lambda m, p: (m, SGD([{"params": p[:2]}, {"params": p[2:], "momentum": 0.5}])), "momentum"),
 }

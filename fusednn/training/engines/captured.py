@@ -74,8 +74,8 @@ class Captured:
 
     def __init__(self, job: Job, net: Net | None) -> None:
         inputs, self.batch = job.inputs, min(job.batch_size, job.epoch_rows)
-        parameters = self.parameters(job, "")
-        assert parameters is not None
+        parameters = read_pure(job.model)
+        assert not isinstance(parameters, str)
         self.job, self.trained, self.rows, self.done = job, parameters, Rows(job), job.start_step
         self.optimizer = KernelOptimizer(job.optimizer, parameters, job.lr_schedule)
         self.losses: list[Tensor] = []

@@ -1,6 +1,7 @@
 """What the engines that make many steps in one call share: a job in chunks of steps, each handed over whole."""
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +21,7 @@ MOST_STEPS = 10_000
 """The most steps of a chunk: its order and table take 144 bytes of memory a step and 8 a row."""
 
 
-class Chunks:
+class Chunks(ABC):
     """Runs a job in chunks of steps; `losses` and `accuracies` have those of its `done` steps."""
 
     name: ClassVar[str]
@@ -61,10 +62,7 @@ class Chunks:
 
     def begin(self, job: Job, rows: Rows | None = None) -> None:
         """Run `job` from now on, which may have other data, and nothing else that is new."""
-        inputs = flat(job.inputs)
-        assert inputs is not None
-        self.job, self.rows, self.done = job._replace(inputs=inputs), rows or Rows(job), job.start_step
-        self.shape = inputs.shape
+        self.job, self.rows, self.done, self.shape = job, rows or Rows(job), job.start_step, job.inputs.shape
         self.has_checked = True  # the memory of the data, until somebody else has a turn
         self.losses: list[Tensor] = []
         self.accuracies: list[Tensor] = []
@@ -83,8 +81,10 @@ class Chunks:
 
     def _launch(self, steps: int) -> None:
         job, criterion = self.job, self.job.criterion
-        if job.inputs.shape != self.shape or len(job.targets) != self.shape[0]:  # the order would lead past their end
-            raise RuntimeError(f"the inputs became {list(job.inputs.shape)}, for {len(job.targets)} targets")
+        x = flat(job.inputs)
+        shape = job.inputs.shape
+        if x is None or shape != self.shape or len(job.targets) != shape[0]:  # the order would lead past their end
+            raise RuntimeError(f"the inputs became {list(shape)}, for {len(job.targets)} targets")
         taken = self.optimizer.take(steps)
         steps = taken.steps
         position, order = self.rows.position, self.rows.take(steps)
@@ -96,19 +96,21 @@ class Chunks:
             "ignore_index": criterion.ignore_index,
             "label_smoothing": float(criterion.label_smoothing),
         }
-        losses, accuracies = self.train(step, order, taken, numbers)
+        losses, accuracies = self.train(step, x, order, taken, numbers)
         self.note_memory(taken)
         torch.autograd.graph.increment_version(self.trained)
         self.losses.append(losses)
         self.accuracies.append(accuracies)
         self.done += steps
 
-    def train(self, step: Step, order: Tensor, taken: Taken, numbers: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Make the steps of the table in `taken` on the rows of `order`, and count them in the optimizer.
+    @abstractmethod
+    def train(
+        self, step: Step, x: Tensor, order: Tensor, taken: Taken, numbers: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Make the steps of the table in `taken` on the rows of x [N, I] in `order`; count them in the optimizer.
 
         Returns their losses and accuracies, [steps] each.
         """
-        raise NotImplementedError
 
 
 def flat(inputs: Tensor) -> Tensor | None:

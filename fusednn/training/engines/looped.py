@@ -24,7 +24,7 @@ class Looped:
 
     @staticmethod
     def refusal(job: Job, net: Net | str) -> str | None:
-        """Nothing."""
+        """It makes the steps of any job."""
         return None
 
     @staticmethod

@@ -67,11 +67,13 @@ class Native(Chunks):
         if bad is not None:
             raise IndexError(f"Target {bad} is out of bounds.")
 
-    def train(self, step: Step, order: Tensor, taken: Taken, numbers: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def train(
+        self, step: Step, x: Tensor, order: Tensor, taken: Taken, numbers: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
         """One call. Raises IndexError for a label out of range before the first of the steps."""
         job = self.job
         # whatever another thread makes of the tensors meanwhile: these keep what they are now, and its memory
-        x, targets = job.inputs.detach(), job.targets.long().detach()
+        x, targets = x.detach(), job.targets.long().detach()
         if not x.is_cpu or not targets.is_cpu:
             raise RuntimeError(f"the inputs came to {x.device}, and the targets to {targets.device}")
         if x.shape[1] != step.sizes[0]:

@@ -54,14 +54,16 @@ class Resident(Chunks):
             return None
         return f"{x.device}, {x.dtype}, {net}, batch {job.batch_size}: many programs are quicker"
 
-    def train(self, step: Step, order: Tensor, taken: Taken, numbers: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def train(
+        self, step: Step, x: Tensor, order: Tensor, taken: Taken, numbers: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
         """One launch. Raises IndexError before it where labels are looked at, and one of its rows is out of range."""
         job, criterion = self.job, self.job.criterion
         if self.losses and (job.targets.is_cpu or dispatch.checks_labels()):  # on_chunk may have changed them
             check_range(job.targets[order], self.net.sizes[-1], criterion.ignore_index)
         states = taken.firsts, taken.seconds
         traces = mlp_training.train_mlp(
-            step, job.inputs, job.targets, order, criterion.weight, self.net.places, *states, taken.table,
+            step, x, job.targets, order, criterion.weight, self.net.places, *states, taken.table,
             batch_size=job.batch_size, **numbers,
         )  # fmt: skip
         self.optimizer.count(taken.steps)

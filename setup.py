@@ -39,7 +39,7 @@ native = Extension(
     ["kernels/native/mlp_training.cpp", "kernels/native/module.cpp"],
     depends=[
         f"kernels/native/{name}.h"
-        for name in ("activations", "facts", "functions", "losses", "products", "step", "updates")
+        for name in ("activations", "description", "facts", "functions", "losses", "products", "step", "updates")
     ],
     define_macros=[("Py_LIMITED_API", "0x030b0000")] if stable else [],
     py_limited_api=stable,

@@ -1,5 +1,5 @@
-// What stands behind a layer: the value of each activation of step.h at z, and its slope, with PyTorch's formulas, so that
-// NaN and infinity come where they come there. What the slope is read off is the value h of some, and z of others.
+// What stands behind a layer: the value of each activation of step.h at z, and its slope, with PyTorch's formulas, so
+// that NaN and infinity come where they come there. What the slope is read off is the value h of some, and z of others.
 
 #pragma once
 

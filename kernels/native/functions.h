@@ -1,8 +1,9 @@
-// exp, expm1, log1p, tanh and the normal distribution of a vector of numbers, without branches: the C library's take one at a time.
+// exp, expm1, log1p, tanh and the normal distribution of a vector of numbers, without branches: the C library's take
+// one number at a time.
 //
-// V is a vector type of float or double. Each is right to about 1 or 2 units in the last place, also for numbers that are
-// huge, denormal, infinite or NaN; tests/kernels/test_native.py holds what is made of them against float64. Polynomials
-// are minimax, by Lawson's reweighted least squares in 50 digits; a float gets the shorter one.
+// V is a vector type of float or double. Each is right to about 1 or 2 units in the last place, also for numbers that
+// are huge, denormal, infinite or NaN; tests/kernels/test_native.py holds what is made of them against 40 digits.
+// Polynomials are minimax, by Lawson's reweighted least squares in 50 digits; a float gets the shorter one.
 
 #pragma once
 
@@ -66,8 +67,8 @@ INLINE V power_of_two(Bits<V> biased) {
 template <class T>
 constexpr T ROUNDER = sizeof(T) == 4 ? T(0x1.8p23) : T(0x1.8p52);
 
-// x = k ln 2 + r with |r| <= ln 2 / 2, and e^r = 1 + tail. Cody and Waite, 1980: ln 2 is two numbers, and the product of k
-// with the first, which has few bits, is exact.
+// x = k ln 2 + r with |r| <= ln 2 / 2, and e^r = 1 + tail. Cody and Waite, 1980: ln 2 is two numbers, and the product
+// of k with the first, which has few bits, is exact.
 template <class V>
 struct Exponential {
     Bits<V> k;
@@ -113,8 +114,8 @@ INLINE V expm1(V x) {
     return e.tail * scale + (scale - 1);
 }
 
-// log(1 + x) of an x that is not negative: of u = 1 + x = 2 ** k (1 + f) with f around 0, and of what the sum has lost; with
-// s = f / (2 + f) it is log((1 + s) / (1 - s)) = 2 s + s s² P(s²).
+// log(1 + x) of an x that is not negative: of u = 1 + x = 2 ** k (1 + f) with f around 0, and of what the sum has lost.
+// With s = f / (2 + f) it is log((1 + s) / (1 - s)) = 2 s + s s² P(s²).
 template <class V>
 INLINE V log1p(V x) {
     typedef Number<V> T;
@@ -154,8 +155,8 @@ INLINE V tanh(V x) {
     return abs(x) < Number<V>(0.55) ? x + x * (z * p) : with_sign_of(x, 1 - 2 * e / (1 + e));
 }
 
-// What the normal distribution has below z: up to 1 as 1/2 + z P(z²). Beyond, its tail is exp(-z² / 2) t Q(2 t - 1) with
-// t = 1 / (1 + c |z|), as of Shepherd and Laframboise, 1981; and that exponential is wanted too.
+// What the normal distribution has below z: up to 1 as 1/2 + z P(z²). Beyond, its tail is exp(-z² / 2) t Q(2 t - 1)
+// with t = 1 / (1 + c |z|), as of Shepherd and Laframboise, 1981; and that exponential is wanted too.
 template <class V>
 struct Normal {
     V bell, below;

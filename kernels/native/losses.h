@@ -2,7 +2,7 @@
 //
 //     - Σ_o q_o log softmax(y)_o,  with q_o = w_o ((1 - smoothing) [o = label] + smoothing / classes)
 //
-// and its mean is over the weights of the labels. Rows lie along vectors: what a row gets does not depend on the others.
+// and its mean is over the weights of the labels. Rows lie along vectors: what a row gets does not depend on others.
 
 #pragma once
 
@@ -42,10 +42,12 @@ struct Largest {
     }
 };
 
-// Of `columns` rows of logits, y [O, a vector]: dy in their place, not yet divided for the mean; and their parts of the sums.
+// Of `columns` rows of logits, y [O, a vector]: dy in their place, not yet divided for the mean; and their parts of
+// the sums.
 template <class V, class T>
 INLINE void cross_entropy_rows(
-    const Step<T> &step, const Job<T> &job, const Int *rows, T *y, Int stride_y, Int columns, T all_weights, Sums<T> &sums
+    const Step<T> &step, const Job<T> &job, const Int *rows, T *y, Int stride_y, Int columns, T all_weights,
+    Sums<T> &sums
 ) {
     constexpr Int SIZE = sizeof(V) / sizeof(T);
     const Int O = step.layer[step.layers - 1].outputs;

@@ -21,7 +21,7 @@
 #define __has_builtin(name) 0  // GCC 9
 #endif
 #define INLINE inline __attribute__((always_inline))
-#define INLINED __attribute__((always_inline))  // of a lambda: one that is not is compiled for a machine without such vectors
+#define INLINED __attribute__((always_inline))  // a lambda: else it is compiled for machines without such vectors
 #if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are handed over to inlined functions alone
 #endif
@@ -86,7 +86,7 @@ constexpr Int padded(Int n) {
     return n * sizeof(T) % 1024 ? n : n + LANES<T, BYTES>;
 }
 
-// c[0:R, 0:COUNT vectors] = Σ_k a[:, k] b[k, :], and what stood there before if it `adds`. The sums are held in registers.
+// c[0:R, 0:COUNT vectors] = Σ_k a[:, k] b[k, :], and what stood there before if it `adds`. The sums are in registers.
 template <class T, int BYTES, int R, int COUNT>
 INLINE void product_tile(
     T *c, Int stride_c, const T *a, Int stride_am, Int stride_ak, const T *b, Int stride_b, Int K, bool adds
@@ -107,7 +107,7 @@ INLINE void product_tile(
         for (int i = 0; i < COUNT; ++i) store(c + r * stride_c + i * LANES<T, BYTES>, acc[r][i]);
 }
 
-// The same with as many rows as c has, 8 / COUNT at a time: an addition waits for the one before it, but not for 7 others.
+// The same with as many rows as c has, 8 / COUNT at a time: an addition waits for the one before it, not for 7 others.
 template <class T, int BYTES, int COUNT>
 INLINE void product_columns(
     T *c, Int stride_c, const T *a, Int stride_am, Int stride_ak, const T *b, Int stride_b, Int M, Int K, bool adds
@@ -128,7 +128,8 @@ INLINE void product_columns(
 // c[m, n] = Σ_k a[m, k] b[k, n], and what stood there before if it `adds`, up to the whole vectors that hold n < N.
 template <class T, int BYTES>
 INLINE void product(
-    T *c, Int stride_c, const T *a, Int stride_am, Int stride_ak, const T *b, Int stride_b, Int M, Int N, Int K, bool adds
+    T *c, Int stride_c, const T *a, Int stride_am, Int stride_ak, const T *b, Int stride_b, Int M, Int N, Int K,
+    bool adds
 ) {
     constexpr Int ONE = LANES<T, BYTES>;
     for (Int k = 0; k < K; k += TILE_K, adds = true) {

@@ -132,7 +132,7 @@ INLINE void product(
     bool adds
 ) {
     constexpr Int ONE = LANES<T, BYTES>;
-    for (Int k = 0; k < K; k += TILE_K, adds = true) {
+    for (Int k = 0; k == 0 || k < K; k += TILE_K, adds = true) {  // without any k it is 0
         const Int size = std::min(TILE_K, K - k);
         const T *a_k = a + k * stride_ak, *b_k = b + k * stride_b;
         const auto columns = [&](Int n, auto count) INLINED {

@@ -46,7 +46,7 @@ struct Buffers {
     alignas(64) T dw[GRAD_M * GRAD_N];           // a part of dW
 
     Buffers(const Step<T> &step, Int batch, Int widest)
-        : stride_b(padded<T, BYTES>(batch)), x_t(step.layer[0].inputs, stride_b), h(widest, stride_b),
+        : stride_b(padded_row<T, BYTES>(batch)), x_t(step.layer[0].inputs, stride_b), h(widest, stride_b),
           d{{widest, stride_b}, {widest, stride_b}}, db(1, widest) {
         for (Int l = 0; l < step.layers; ++l) {
             strides[l] = padded<T, BYTES>(step.layer[l].inputs);

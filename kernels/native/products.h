@@ -70,7 +70,7 @@ struct Buffer {
 };
 
 constexpr Int TILE_K = 256;    // so many rows of b, two vectors wide, stay in the L1 cache
-constexpr int FEW_BYTES = 16;  // the vector for rows of so few numbers
+constexpr int FEW_BYTES = 16;  // the vector for rows that are no longer
 
 // n numbers in whole vectors.
 template <class T, int BYTES>
@@ -81,9 +81,14 @@ constexpr Int whole(Int n) {
 // How far apart rows of n numbers lie: whole vectors, and not a power of two, whose rows share few lines of a cache.
 template <class T, int BYTES>
 constexpr Int padded(Int n) {
-    if (n * Int(sizeof(T)) <= FEW_BYTES) return whole<T, FEW_BYTES>(n);
     n = whole<T, BYTES>(n);
     return n * sizeof(T) % 1024 ? n : n + LANES<T, BYTES>;
+}
+
+// The same for product_of_rows: short ones are a short vector.
+template <class T, int BYTES>
+constexpr Int padded_row(Int n) {
+    return n <= LANES<T, FEW_BYTES> ? LANES<T, FEW_BYTES> : padded<T, BYTES>(n);
 }
 
 // c[0:R, 0:COUNT vectors] = Σ_k a[:, k] b[k, :], and what stood there before if it `adds`. The sums are in registers.
@@ -147,7 +152,7 @@ INLINE void product(
     }
 }
 
-// The same where rows of b and c are `padded`, so that short ones need short vectors.
+// The same where rows of b and c lie apart by `padded_row`, so that short ones need short vectors.
 template <class T, int BYTES>
 INLINE void product_of_rows(
     T *c, const T *a, Int stride_am, Int stride_ak, const T *b, Int stride, Int M, Int N, Int K, bool adds

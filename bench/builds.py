@@ -9,13 +9,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
 
 from fusednn.kernels import cross_entropy, linear, mlp_training
 from fusednn.kernels.launch import DTYPE_NAMES, Launch
+from fusednn.kernels.step import ACTIVATIONS, ROW, Activation, Loss, Rule, Step
 
 TYPE_NAMES = DTYPE_NAMES | {torch.int64: "i64", torch.int32: "i32"}
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()} | {"ieee": torch.float32, "tf32": torch.float32}
@@ -64,16 +66,25 @@ def specialise(label: str, kernel: Any, plan: Launch, arguments: tuple[Any, ...]
     for parameter, value in zip(kernel.params, arguments, strict=False):
         name = parameter.name
         if isinstance(value, tuple):
-            signature[name] = tuple(type_of((name, j), element) for j, element in enumerate(value))
+            signature[name] = same_tuple(value, [type_of((name, j), element) for j, element in enumerate(value)])
         elif parameter.do_not_specialize:
             signature[name] = integer(value)
         else:
             signature[name] = type_of(name, value)
-    blocks = "x".join(str(value) for name, value in plan.options.items() if name.startswith("BLOCK_"))
+    tiles = plan.options.get("TILES")
+    sizes = [value for name, value in plan.options.items() if name.startswith("BLOCK_")] if tiles is None else tiles[:4]
+    blocks = "x".join(map(str, sizes))
     name = f"{kernel.fn.__name__.removesuffix('_kernel')} {label} {blocks}"
     name = f"{name} w{options['num_warps']} s{options['num_stages']}"
     dtype = DTYPE_NAMES.get(arguments[0].dtype, "i64")
+    if tiles is not None and tiles.precision == "tf32":
+        dtype = "tf32"
     return Build(name, kernel, dtype, signature, constexprs, tuple(divisible), options)
+
+
+def same_tuple(value: tuple[Any, ...], elements: list[Any]) -> tuple[Any, ...]:
+    """A tuple of the type of `value`: of a NamedTuple a kernel uses the names."""
+    return type(value)(*elements) if hasattr(value, "_fields") else tuple(elements)
 
 
 def integer(value: int) -> str:
@@ -156,42 +167,74 @@ def cross_entropy_calls(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
 
 
 NETS = [(64, 128, 10), (64, 64, 10), (32, 64, 10), (128, 128, 10), (64, 256, 10), (256, 64, 10), (784, 128, 10)]
-"""Inputs, hidden units and outputs of the nets that one program must train within the budgets."""
+"""Sizes of the nets with a hidden layer that one program must train within the budgets."""
 
-STACKS = {True: 32, False: 128}
-"""Bytes of local memory that a thread of the training kernel may take, with default options and with others."""
+OTHER_DEPTHS = [(64, 10), (64, 128, 64, 10), (4, 64, 64, 2), (784, 512, 512, 10), (64, 128, 64, 32, 10), (32,) * 8 + (10,)]
+"""And of those without, or with more."""
 
-PLAIN = mlp_training.Options(True, False, False, False, "adam", False, False, False)
-EVERYTHING = mlp_training.Options(True, True, True, True, "adam", True, False, True)
-NESTEROV = mlp_training.Options(False, False, True, False, "nesterov", True, False, False)
-ADAMW = mlp_training.Options(True, True, False, True, "adam", False, True, False)
+NUMBERS = {"leaky_relu": (0.01,), "elu": (1.0,), "softplus": (1.0, 20.0)}
+"""PyTorch's own of the activations that have any."""
 
 
-def training_calls(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
+class Kind(NamedTuple):
+    """What else a step computes; the activation behind the hidden layers, and behind the last."""
+
+    name: str
+    loss: Loss = Loss()
+    rule: Rule = Rule()
+    accuracy: bool = False
+    hidden: str = "relu"
+    last: str = "identity"
+
+    def step(self, sizes: tuple[int, ...]) -> Step:
+        """The step of a net of these sizes."""
+        layers = len(sizes) - 1
+        names = [self.hidden] * (layers - 1) + [self.last]
+        activations = tuple(Activation(name, NUMBERS.get(name, ())) for name in names)
+        return Step(sizes, (True,) * layers, activations, self.loss, self.rule, self.accuracy)
+
+
+DEFAULT = Kind("default")
+EVERYTHING = Kind("all options", Loss("cross_entropy", True, True, True), Rule("adam", True, False, True), True)
+NESTEROV = Kind("nesterov", Loss("cross_entropy", False, False, True), Rule("nesterov", True))
+ADAMW = Kind("adamw", Loss("cross_entropy", True, True), Rule("adam", False, True), True)
+ACTIVATED = [Kind(name, hidden=name) for name in ACTIVATIONS if name != "relu"] + [Kind("tanh behind", last="tanh")]
+
+
+def stack_of(sizes: tuple[int, ...], batch: int, kind: Kind) -> int:
+    """Bytes of local memory that a thread of the training kernel may take."""
+    if sizes == NETS[0] and batch <= 32:
+        return 0 if kind == DEFAULT else 48
+    return 32 if kind == DEFAULT else 128
+
+
+def training_calls(dtype: torch.dtype) -> Iterator[tuple[str, int, Any]]:
     """Steps of each net with a batch that is one tile and one that is several, by default and with all options.
 
-    At 64-128-10 more of the options, a smaller tile, and no biases; in float64 that net alone.
+    At 64-128-10 more of the options, each activation, and a smaller tile; in float64 few. With the bytes of stack.
     """
-    cases = [(sizes, batch, options) for sizes in NETS for batch in (32, 256) for options in (PLAIN, EVERYTHING)]
+    cases = [(sizes, batch, kind) for sizes in NETS for batch in (32, 256) for kind in (DEFAULT, EVERYTHING)]
+    deep = [(sizes, batch, kind) for sizes in OTHER_DEPTHS for batch in (32, 256) for kind in (DEFAULT, EVERYTHING)]
     if dtype == torch.float64:
-        cases = cases[:4]
+        cases = cases[:4] + deep[:6]
     else:
-        cases += [(NETS[0], 32, NESTEROV), (NETS[0], 32, ADAMW), (NETS[0], 8, PLAIN), ((100, 96, 100), 32, EVERYTHING)]
-    for sizes, batch, options in cases:
-        kind = "default" if options == PLAIN else "all options" if options == EVERYTHING else options.rule
-        label = f"{DTYPE_NAMES[dtype]} {'-'.join(map(str, sizes))} batch {batch} {kind}"
-        yield label, partial(train, sizes, batch, dtype, options)
+        cases += [(NETS[0], 32, NESTEROV), (NETS[0], 32, ADAMW), (NETS[0], 8, DEFAULT), ((100, 96, 100), 32, EVERYTHING)]
+        cases += deep + [(NETS[0], 32, kind) for kind in ACTIVATED]
+    for sizes, batch, kind in cases:
+        label = f"{DTYPE_NAMES[dtype]} {'-'.join(map(str, sizes))} batch {batch} {kind.name}"
+        yield label, stack_of(sizes, batch, kind), partial(train, kind.step(sizes), batch, dtype)
 
 
-def train(sizes: tuple[int, int, int], batch: int, dtype: torch.dtype, options: mlp_training.Options) -> None:
+def train(step: Step, batch: int, dtype: torch.dtype) -> None:
     """Train a net on meta tensors, so that its launch can be recorded."""
-    inputs, hidden, outputs = sizes
-    x = torch.empty(60000, inputs, dtype=dtype, device="meta")
+    x = torch.empty(60000, step.sizes[0], dtype=dtype, device="meta")
     labels = torch.empty(60000, dtype=torch.int64, device="meta")
-    weights = [x.new_empty(shape) for shape in ((hidden, inputs), (hidden,), (outputs, hidden), (outputs,))]
+    shapes = [shape for k, n in pairwise(step.sizes) for shape in ((n, k), (n,))]
+    weights = [x.new_empty(shape) for shape in shapes]
     mlp_training.train_mlp(
-        x, labels, labels, x.new_empty(outputs), weights, weights, weights, x.new_empty(1000, 4, 9), options,
-        batch_size=batch, position=0, epoch_rows=len(x), ignore_index=-100, label_smoothing=0.1 * options.smoothed,
+        step, x, labels, labels, x.new_empty(step.sizes[-1]), weights, weights, weights,
+        x.new_empty(1000, len(weights), ROW), batch_size=batch, position=0, epoch_rows=len(x), ignore_index=-100,
+        label_smoothing=0.1 * step.loss.smoothed,
     )  # fmt: skip
 
 
@@ -208,9 +251,9 @@ def all_builds(architecture: str) -> Iterator[Build]:
             patch.object(mlp_training, "architecture_of", lambda x: architecture),
         ):
             for dtype in (torch.float32, torch.float64) if precision == "ieee" else (torch.float32,):
-                for label, call in training_calls(dtype):
+                for label, stack, call in training_calls(dtype):
                     for build in record(mlp_training, f"{label} {precision}", call):
-                        yield replace(build, stack=STACKS["default" in label])
+                        yield replace(build, stack=stack)
     for dtype in DTYPE_NAMES:
         for label, call in cross_entropy_calls(dtype):
             yield from record(cross_entropy, label, call)

@@ -35,10 +35,6 @@ from .losses import loss_of
 from .step import Step
 from .updates import ROW, update
 
-SMALLEST = 16
-"""tl.dot takes no tile with fewer rows or columns."""
-
-
 class Tiles(NamedTuple):
     """The most rows of the batch, hidden units and inputs of a layer in a tile, and all outputs; whether a batch is one
     tile; the precision of products."""
@@ -49,6 +45,13 @@ class Tiles(NamedTuple):
     outputs: int
     one_batch: bool
     precision: str
+
+
+class Described(Step):
+    """A Step as a compile-time argument. Triton's key of a kernel on disk contains its str(), so that must say all."""
+
+    __slots__ = ()
+    __str__ = Step.__repr__
 
 
 class Data(NamedTuple):
@@ -63,15 +66,16 @@ class Data(NamedTuple):
     stride_t: int
 
 
-def block(size: int) -> int:
-    """The tile that holds `size` rows or columns."""
-    return max(SMALLEST, triton.next_power_of_2(size))
+@triton.constexpr_function
+def block(size):
+    """The tile that holds `size` rows or columns: tl.dot takes none with fewer than 16."""
+    return max(16, triton.next_power_of_2(size))
 
 
 @triton.constexpr_function
 def fitted(most, size):
     """The tile of a layer with `size` units: no larger than `most`, or than there are."""
-    return min(most, max(16, triton.next_power_of_2(size)))
+    return min(most, block(size))
 
 
 @triton.jit
@@ -453,8 +457,8 @@ def tiles(config: tuple[int, ...], step: Step, batch: int, precision: str) -> Ti
     """The tiles of a configuration, no larger than the net and the batch."""
     block_o = block(step.sizes[-1])
     hidden, inputs = max(step.sizes[1:-1], default=1), max(step.sizes[: max(1, step.layers - 1)])
-    block_b, block_h, block_i = (min(most, block(size)) for most, size in zip(config, (batch, hidden, inputs)))
-    block_h = min(block_h, max(SMALLEST, MOST_WEIGHTS // block_o))
+    block_b, block_h, block_i = (fitted(most, size) for most, size in zip(config, (batch, hidden, inputs)))
+    block_h = min(block_h, max(16, MOST_WEIGHTS // block_o))
     return Tiles(block_b, block_h, block_i, block_o, batch <= block_b, precision)
 
 
@@ -475,7 +479,7 @@ def plan_training(
     cut, (warps, stages) = tiles(config, step, batch, precision), config[3:]
     most_registers = None if architecture == "other" else min(MOST_REGISTERS, REGISTERS // (32 * warps))
     launched = LaunchConfig(cut.batch, cut.hidden, cut.inputs, warps, stages, most_registers)
-    return plan(1, launched, STEP=step, TILES=cut)
+    return plan(1, launched, STEP=Described(*step), TILES=cut)
 
 
 def train_mlp(
@@ -509,10 +513,11 @@ def train_mlp(
     widest = max(step.sizes[1:-2], default=0)  # of the layers whose dz comes in no place of values
     turns = tuple(x.new_empty(batch, widest) for _ in range(min(2, step.layers - 2)))
     gradients = (x.new_empty(batch, planned.options["TILES"].outputs), *turns)
-    groups = [tuple(x if tensor is None else tensor for tensor in group) for group in (weights, firsts, seconds)]
-    data = Data(x, targets, order, x if class_weight is None else class_weight, *x.stride(), *targets.stride())
+    nothing = weights[0]  # in the place of what is not there
+    groups = [tuple(nothing if tensor is None else tensor for tensor in group) for group in (weights, firsts, seconds)]
+    data = Data(x, targets, order, nothing if class_weight is None else class_weight, *x.stride(), *targets.stride())
     launch(
-        mlp_training_kernel, planned, table, data, *groups, hidden or (x,), gradients, (losses, accuracies),
+        mlp_training_kernel, planned, table, data, *groups, hidden or (nothing,), gradients, (losses, accuracies),
         epoch_rows, batch, position, steps, ignore_index, float_bits(label_smoothing),
     )  # fmt: skip
     return losses, accuracies

@@ -58,28 +58,35 @@ def value(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def gradient(dh, a, ACTIVATION: tl.constexpr):
-    """dh times the slope at a, which is the value or the number before, as `reads_before` says."""
-    if ACTIVATION.name == "relu":
-        return relu_gradient(dh, a)
-    elif ACTIVATION.name == "leaky_relu":
-        return dh * leaky_relu_slope(a, ACTIVATION.numbers[0])
-    elif ACTIVATION.name == "elu":
-        return dh * elu_slope(a, ACTIVATION.numbers[0])
-    elif ACTIVATION.name == "gelu":
-        return dh * gelu_slope(a)
-    elif ACTIVATION.name == "gelu_tanh":
-        return dh * gelu_tanh_slope(a)
-    elif ACTIVATION.name == "silu":
-        return dh * silu_slope(a)
-    elif ACTIVATION.name == "tanh":
-        return dh * tanh_slope(a)
-    elif ACTIVATION.name == "sigmoid":
-        return dh * sigmoid_slope(a)
-    elif ACTIVATION.name == "softplus":
-        return dh * softplus_slope(a, ACTIVATION.numbers[0], ACTIVATION.numbers[1])
-    else:
-        tl.static_assert(ACTIVATION.name == "identity", "this activation has no device function")
+    """dh times the slope at a; of relu 0 where the slope is, whatever dh is."""
+    if ACTIVATION.name == "identity":
         return dh
+    elif ACTIVATION.name == "relu":
+        return tl.where(a <= 0, 0.0, dh)
+    else:
+        return dh * slope(a, ACTIVATION)
+
+
+@triton.jit
+def slope(a, ACTIVATION: tl.constexpr):
+    """The slope at a, which is the value or the number before, as `reads_before` says."""
+    if ACTIVATION.name == "leaky_relu":
+        return leaky_relu_slope(a, ACTIVATION.numbers[0])
+    elif ACTIVATION.name == "elu":
+        return elu_slope(a, ACTIVATION.numbers[0])
+    elif ACTIVATION.name == "gelu":
+        return gelu_slope(a)
+    elif ACTIVATION.name == "gelu_tanh":
+        return gelu_tanh_slope(a)
+    elif ACTIVATION.name == "silu":
+        return silu_slope(a)
+    elif ACTIVATION.name == "tanh":
+        return tanh_slope(a)
+    elif ACTIVATION.name == "sigmoid":
+        return sigmoid_slope(a)
+    else:
+        tl.static_assert(ACTIVATION.name == "softplus", "this activation has no slope here")
+        return softplus_slope(a, ACTIVATION.numbers[0], ACTIVATION.numbers[1])
 
 
 @triton.constexpr_function
@@ -92,12 +99,6 @@ def reads_before(activation, before):
 def relu(z):
     """0 where z <= 0: NaN stays."""
     return tl.where(z <= 0, 0.0, z)
-
-
-@triton.jit
-def relu_gradient(dh, h):
-    """0 where h <= 0, whatever dh is."""
-    return tl.where(h <= 0, 0.0, dh)
 
 
 @triton.jit

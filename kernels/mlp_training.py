@@ -10,8 +10,9 @@ of a layer are what is held in registers; all outputs are one tile. Parameters a
 global memory, from where a small net never leaves the L1 cache of the one SM and a larger one streams from L2: held in
 registers they spill, at 64-128-10 even where they fit. What a step hands from one part to the next lies beside them:
 
-    hidden      of each hidden layer the values, or the numbers before where the slope is read off those;
-                in place of the last layer's comes its dz, tile by tile, each right after the last use of the values
+    hidden      the values of each hidden layer; in place of the last one's comes its dz, tile by tile
+    slopes      those of an activation whose slope is read off the number before: made again where they are needed
+                they would cost more than they do in memory, since a product's operands stand in several warps
     gradients   dz of the outputs, and two buffers that dz of the other layers takes in turns
 
 Nothing is added up in an order that could change, so the bits repeat.
@@ -27,12 +28,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .activations import BEFORE, gradient, reads_before, value
+from .activations import BEFORE, gradient, reads_before, slope, value
 from .cross_entropy import float_bits
 from .launch import Launch, LaunchConfig, launch, plan
 from .linear import precision_of
 from .losses import loss_of
-from .step import Step
+from .step import ACTIVATIONS, Step
 from .updates import ROW, update
 
 class Tiles(NamedTuple):
@@ -79,15 +80,6 @@ def fitted(most, size):
 
 
 @triton.jit
-def kept_value(h, ACTIVATION: tl.constexpr):
-    """The value of what `hidden` has. What is masked off may become any finite number: the other factor is 0 there."""
-    if reads_before(ACTIVATION, BEFORE):
-        return value(h, ACTIVATION)
-    else:
-        return h
-
-
-@triton.jit
 def load_inputs(data, hidden, rows, offs_b, mask_b, offs_k, LAYER: tl.constexpr, STEP: tl.constexpr):
     """Inputs `offs_k` of a layer: of the rows of x, or the values of the layer before."""
     K: tl.constexpr = STEP.sizes[LAYER]
@@ -96,8 +88,7 @@ def load_inputs(data, hidden, rows, offs_b, mask_b, offs_k, LAYER: tl.constexpr,
         x_ptrs = data.x + (rows * data.stride_xm)[:, None] + (offs_k.to(tl.int64) * data.stride_xi)[None, :]
         return tl.load(x_ptrs, mask=mask, other=0.0)
     else:
-        h = tl.load(hidden[LAYER - 1] + offs_b[:, None] * K + offs_k[None, :], mask=mask, other=0.0)
-        return kept_value(h, STEP.activations[LAYER - 1])
+        return tl.load(hidden[LAYER - 1] + offs_b[:, None] * K + offs_k[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -125,24 +116,27 @@ def linear_tile(
 
 @triton.jit
 def hidden_tile(
-    data, weights, hidden, rows, offs_b, mask_b, n, LAYER: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr
-):
-    """The values of the units of a hidden layer from `n` on; leaves them, or the numbers before, in `hidden`."""
+    data, weights, hidden, slopes, rows, offs_b, mask_b, n,
+    LAYER: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """The values of the units of a hidden layer from `n` on, which it leaves in `hidden`."""
     N: tl.constexpr = STEP.sizes[LAYER + 1]
     BLOCK_N: tl.constexpr = fitted(TILES.hidden, N)
     offs_n = n + tl.arange(0, BLOCK_N)
     z = linear_tile(data, weights, hidden, rows, offs_b, mask_b, offs_n, BLOCK_N, LAYER, STEP, TILES)
     h = value(z, STEP.activations[LAYER])
-    kept = z if reads_before(STEP.activations[LAYER], BEFORE) else h
-    mask = mask_b[:, None] & (offs_n < N)[None, :]
-    tl.store(hidden[LAYER] + offs_b[:, None] * N + offs_n[None, :], kept, mask=mask)
+    offs, mask = offs_b[:, None] * N + offs_n[None, :], mask_b[:, None] & (offs_n < N)[None, :]
+    tl.store(hidden[LAYER] + offs, h, mask=mask)
+    if reads_before(STEP.activations[LAYER], BEFORE):
+        tl.store(slopes[LAYER] + offs, slope(z, STEP.activations[LAYER]), mask=mask)
     return h
 
 
 @triton.jit
 def output_tile(
-    data, weights, hidden, rows, offs_b, mask_b, offs_o, LAYER: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr
-):
+    data, weights, hidden, slopes, rows, offs_b, mask_b, offs_o,
+    LAYER: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
     """z of the last of several layers, summed up while the tiles of the layer before are made."""
     K: tl.constexpr = STEP.sizes[LAYER]
     O: tl.constexpr = STEP.sizes[LAYER + 1]
@@ -154,7 +148,7 @@ def output_tile(
     z = tl.zeros((BLOCK_B, BLOCK_O), dtype)
     for k in range(0, K, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
-        h = hidden_tile(data, weights, hidden, rows, offs_b, mask_b, k, LAYER - 1, STEP, TILES)
+        h = hidden_tile(data, weights, hidden, slopes, rows, offs_b, mask_b, k, LAYER - 1, STEP, TILES)
         w_ptrs = weights[2 * LAYER] + offs_o[None, :] * K + offs_k[:, None]
         w = tl.load(w_ptrs, mask=mask_o[None, :] & (offs_k < K)[:, None], other=0.0)
         z = tl.dot(h, w, z, input_precision=TILES.precision, out_dtype=dtype)
@@ -165,7 +159,7 @@ def output_tile(
 
 @triton.jit
 def forward_tile(
-    data, weights, hidden, gradients, rows, offs_b, mask_b, ignore_index, smoothing,
+    data, weights, hidden, slopes, gradients, rows, offs_b, mask_b, ignore_index, smoothing,
     STEP: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Forward of a tile of the batch. Leaves dz of the outputs, which is not yet divided for the mean; returns its sums.
@@ -178,18 +172,18 @@ def forward_tile(
     dtype: tl.constexpr = weights[0].dtype.element_ty
     for layer in tl.static_range(LAYERS - 2):
         for n in range(0, STEP.sizes[layer + 1], fitted(TILES.hidden, STEP.sizes[layer + 1])):
-            hidden_tile(data, weights, hidden, rows, offs_b, mask_b, n, layer, STEP, TILES)
+            hidden_tile(data, weights, hidden, slopes, rows, offs_b, mask_b, n, layer, STEP, TILES)
         tl.debug_barrier()  # the layer is there
     offs_o = tl.arange(0, BLOCK_O)
     if LAYERS == 1:
         z = linear_tile(data, weights, hidden, rows, offs_b, mask_b, offs_o, BLOCK_O, 0, STEP, TILES)
     else:
-        z = output_tile(data, weights, hidden, rows, offs_b, mask_b, offs_o, LAYERS - 1, STEP, TILES)
+        z = output_tile(data, weights, hidden, slopes, rows, offs_b, mask_b, offs_o, LAYERS - 1, STEP, TILES)
 
     y = value(z, STEP.activations[LAYERS - 1])
     loss, weight, dy, valid, right = loss_of(y, data, rows, mask_b, offs_o, ignore_index, smoothing, O, STEP.loss)
-    slope_at = z if reads_before(STEP.activations[LAYERS - 1], BEFORE) else y
-    dz = gradient(dy, slope_at, STEP.activations[LAYERS - 1])
+    a = z if reads_before(STEP.activations[LAYERS - 1], BEFORE) else y
+    dz = gradient(dy, a, STEP.activations[LAYERS - 1])
     dz = tl.where(mask_b[:, None] & (offs_o < O)[None, :], dz, 0.0)
     tl.store(gradients[0] + offs_b[:, None] * BLOCK_O + offs_o[None, :], dz, mask=mask_b[:, None])
     counted, rights = tl.sum(valid.to(dtype)), tl.sum(right.to(dtype))
@@ -216,8 +210,17 @@ def dz_place(hidden, gradients, LAYER: tl.constexpr, LAYERS: tl.constexpr):
 
 
 @triton.jit
+def hidden_gradient(dh, h, slopes, offs, mask, LAYER: tl.constexpr, STEP: tl.constexpr):
+    """dz of a hidden layer from the gradient of its values h."""
+    if reads_before(STEP.activations[LAYER], BEFORE):
+        return dh * tl.load(slopes[LAYER] + offs, mask=mask, other=0.0)
+    else:
+        return gradient(dh, h, STEP.activations[LAYER])
+
+
+@triton.jit
 def backward_output(
-    parameters, hidden, gradients, row_ptr, k, size, scale,
+    parameters, hidden, slopes, gradients, row_ptr, k, size, scale,
     LAYER: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Step on the columns of the last W from `k` on and on b of the layer before, whose dz comes in place of h."""
@@ -239,14 +242,13 @@ def backward_output(
         mask_b = offs_b < size
         dy_ptrs = gradients[0] + offs_b[:, None] * BLOCK_O + offs_o[None, :]
         dy = tl.load(dy_ptrs, mask=mask_b[:, None], other=0.0) * scale
-        h_ptrs, mask = hidden[LAYER - 1] + offs_b[:, None] * K + offs_k[None, :], mask_b[:, None] & mask_k[None, :]
-        h = tl.load(h_ptrs, mask=mask, other=0.0)
-        a = kept_value(h, STEP.activations[LAYER - 1])
-        dw = tl.dot(tl.trans(dy), a, dw, input_precision=TILES.precision, out_dtype=dtype)
+        offs_h, mask = offs_b[:, None] * K + offs_k[None, :], mask_b[:, None] & mask_k[None, :]
+        h = tl.load(hidden[LAYER - 1] + offs_h, mask=mask, other=0.0)
+        dw = tl.dot(tl.trans(dy), h, dw, input_precision=TILES.precision, out_dtype=dtype)
         da = tl.dot(dy, w, input_precision=TILES.precision, out_dtype=dtype)
-        dz = gradient(da, h, STEP.activations[LAYER - 1])
+        dz = hidden_gradient(da, h, slopes, offs_h, mask, LAYER - 1, STEP)
         db += tl.sum(dz, axis=0)
-        tl.store(h_ptrs, dz, mask=mask)
+        tl.store(hidden[LAYER - 1] + offs_h, dz, mask=mask)
     tl.debug_barrier()  # dz is there, and W was read
     step_on(parameters, 2 * LAYER, offs_w, mask_w, dw, row_ptr, STEP)
     if STEP.biases[LAYER - 1]:
@@ -255,7 +257,7 @@ def backward_output(
 
 @triton.jit
 def backward_hidden(
-    parameters, hidden, gradients, row_ptr, k, size, LAYER: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr
+    parameters, hidden, slopes, gradients, row_ptr, k, size, LAYER: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr
 ):
     """dz of the units from `k` on of the layer before a hidden layer, which it leaves in its place; step on their b."""
     K: tl.constexpr = STEP.sizes[LAYER]
@@ -284,7 +286,7 @@ def backward_hidden(
             da = tl.dot(dz, w, da, input_precision=TILES.precision, out_dtype=dtype)
         offs_h, mask = offs_b[:, None] * K + offs_k[None, :], mask_b[:, None] & mask_k[None, :]
         h = tl.load(hidden[LAYER - 1] + offs_h, mask=mask, other=0.0)
-        dz = gradient(da, h, STEP.activations[LAYER - 1])
+        dz = hidden_gradient(da, h, slopes, offs_h, mask, LAYER - 1, STEP)
         db += tl.sum(dz, axis=0)
         tl.store(to_ptr + offs_h, dz, mask=mask)
     tl.debug_barrier()  # dz is there, and these columns of W were read
@@ -335,20 +337,21 @@ def backward_input(
 
 @triton.jit
 def backward(
-    data, parameters, hidden, gradients, order_ptr, row_ptr, size, scale, STEP: tl.constexpr, TILES: tl.constexpr
-):
+    data, parameters, hidden, slopes, gradients, order_ptr, row_ptr, size, scale,
+    STEP: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
     """Backward and the optimizer's step on all parameters but the last bias."""
     LAYERS: tl.constexpr = len(STEP.biases)
     if LAYERS > 1:
         for k in tl.range(0, STEP.sizes[LAYERS - 1], fitted(TILES.hidden, STEP.sizes[LAYERS - 1]), num_stages=1):
-            backward_output(parameters, hidden, gradients, row_ptr, k, size, scale, LAYERS - 1, STEP, TILES)
+            backward_output(parameters, hidden, slopes, gradients, row_ptr, k, size, scale, LAYERS - 1, STEP, TILES)
             if LAYERS == 2:
                 backward_input(data, parameters, hidden, gradients, order_ptr, row_ptr, k, size, scale, STEP, TILES)
     for i in tl.static_range(LAYERS - 2):
         if i > 1:
             tl.debug_barrier()  # dz of two layers behind was read, whose place the next one takes
         for k in tl.range(0, STEP.sizes[LAYERS - 2 - i], fitted(TILES.hidden, STEP.sizes[LAYERS - 2 - i]), num_stages=1):
-            backward_hidden(parameters, hidden, gradients, row_ptr, k, size, LAYERS - 2 - i, STEP, TILES)
+            backward_hidden(parameters, hidden, slopes, gradients, row_ptr, k, size, LAYERS - 2 - i, STEP, TILES)
             for n in range(0, STEP.sizes[LAYERS - 1 - i], fitted(TILES.hidden, STEP.sizes[LAYERS - 1 - i])):
                 backward_weights(
                     data, parameters, hidden, gradients, order_ptr, row_ptr, n, k, size, scale,
@@ -363,7 +366,7 @@ def backward(
 
 @triton.jit(do_not_specialize=["epoch_rows", "batch_size", "position", "steps", "ignore_index", "smoothing"])
 def mlp_training_kernel(
-    table_ptr, data, weights, firsts, seconds, hidden, gradients, traces,
+    table_ptr, data, weights, firsts, seconds, hidden, slopes, gradients, traces,
     epoch_rows, batch_size, position, steps, ignore_index, smoothing, STEP: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """`steps` steps, the first one `position` rows into an epoch of `epoch_rows`. One program.
@@ -388,7 +391,7 @@ def mlp_training_kernel(
             mask_b = offs_b < size
             rows = tl.load(order_ptr + offs_b, mask=mask_b, other=0)
             loss_b, weight_b, db_b, counted_b, right_b = forward_tile(
-                data, weights, hidden, gradients, rows, offs_b, mask_b, ignore_index, smoothing, STEP, TILES
+                data, weights, hidden, slopes, gradients, rows, offs_b, mask_b, ignore_index, smoothing, STEP, TILES
             )
             loss, weight, db, counted, right = (
                 loss + loss_b, weight + weight_b, db + db_b, counted + counted_b, right + right_b
@@ -401,7 +404,7 @@ def mlp_training_kernel(
         row_ptr = table_ptr + step * (2 * LAYERS * ROW)
         tl.debug_barrier()  # hidden and dz are there, and the parameters were read
 
-        backward(data, parameters, hidden, gradients, order_ptr, row_ptr, size, scale, STEP, TILES)
+        backward(data, parameters, hidden, slopes, gradients, order_ptr, row_ptr, size, scale, STEP, TILES)
         if STEP.biases[LAYERS - 1]:
             offs_o = tl.arange(0, BLOCK_O)
             step_on(parameters, 2 * LAYERS - 1, offs_o, offs_o < O, db * scale, row_ptr, STEP)
@@ -510,6 +513,8 @@ def train_mlp(
     planned = plan_training(step, batch, architecture_of(x), x.dtype, precision_of(x))
     losses, accuracies = x.new_empty(steps), x.new_empty(steps if step.accuracy else 0)
     hidden = tuple(x.new_empty(batch, size) for size in step.sizes[1:-1])
+    before = (ACTIVATIONS[activation.name] == "before" for activation in step.activations)
+    slopes = tuple(torch.empty_like(h) if kept else h for h, kept in zip(hidden, before))
     widest = max(step.sizes[1:-2], default=0)  # of the layers whose dz comes in no place of values
     turns = tuple(x.new_empty(batch, widest) for _ in range(min(2, step.layers - 2)))
     gradients = (x.new_empty(batch, planned.options["TILES"].outputs), *turns)
@@ -517,7 +522,7 @@ def train_mlp(
     groups = [tuple(nothing if tensor is None else tensor for tensor in group) for group in (weights, firsts, seconds)]
     data = Data(x, targets, order, nothing if class_weight is None else class_weight, *x.stride(), *targets.stride())
     launch(
-        mlp_training_kernel, planned, table, data, *groups, hidden or (nothing,), gradients, (losses, accuracies),
-        epoch_rows, batch, position, steps, ignore_index, float_bits(label_smoothing),
+        mlp_training_kernel, planned, table, data, *groups, hidden or (nothing,), slopes or (nothing,), gradients,
+        (losses, accuracies), epoch_rows, batch, position, steps, ignore_index, float_bits(label_smoothing),
     )  # fmt: skip
     return losses, accuracies

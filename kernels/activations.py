@@ -1,4 +1,4 @@
-"""The activations of step.py on a tile: the value, and the gradient of the number before from that of the value.
+"""The activations of step.py on a tile: the value and the slope.
 
 As PyTorch has them, also where the slope jumps and where numbers are NaN or infinite (where its own code paths differ,
 as its scalar one). A tile has any shape, float32 or float64. Errors are held against PyTorch's in test_activations.py.
@@ -57,20 +57,11 @@ def value(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def gradient(dh, a, ACTIVATION: tl.constexpr):
-    """dh times the slope at a; of relu 0 where the slope is, whatever dh is."""
-    if ACTIVATION.name == "identity":
-        return dh
-    elif ACTIVATION.name == "relu":
-        return tl.where(a <= 0, 0.0, dh)
-    else:
-        return dh * slope(a, ACTIVATION)
-
-
-@triton.jit
 def slope(a, ACTIVATION: tl.constexpr):
-    """The slope at a, which is the value or the number before, as `reads_before` says."""
-    if ACTIVATION.name == "leaky_relu":
+    """The slope at a, the value or the number before, as `reads_before` says; of relu where it is 0, of identity no use."""
+    if ACTIVATION.name == "relu":
+        return a <= 0
+    elif ACTIVATION.name == "leaky_relu":
         return leaky_relu_slope(a, ACTIVATION.numbers[0])
     elif ACTIVATION.name == "elu":
         return elu_slope(a, ACTIVATION.numbers[0])
@@ -84,9 +75,21 @@ def slope(a, ACTIVATION: tl.constexpr):
         return tanh_slope(a)
     elif ACTIVATION.name == "sigmoid":
         return sigmoid_slope(a)
-    else:
-        tl.static_assert(ACTIVATION.name == "softplus", "this activation has no slope here")
+    elif ACTIVATION.name == "softplus":
         return softplus_slope(a, ACTIVATION.numbers[0], ACTIVATION.numbers[1])
+    else:
+        return a
+
+
+@triton.jit
+def times_slope(dh, s, ACTIVATION: tl.constexpr):
+    """dh times what `slope` returned; of relu 0 where the slope is, whatever dh is."""
+    if ACTIVATION.name == "identity":
+        return dh
+    elif ACTIVATION.name == "relu":
+        return tl.where(s, 0.0, dh)
+    else:
+        return dh * s
 
 
 @triton.constexpr_function

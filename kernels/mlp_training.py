@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .activations import BEFORE, gradient, reads_before, slope, value
+from .activations import BEFORE, reads_before, slope, times_slope, value
 from .cross_entropy import float_bits
 from .launch import Launch, LaunchConfig, launch, plan
 from .linear import precision_of
@@ -183,7 +183,7 @@ def forward_tile(
     y = value(z, STEP.activations[LAYERS - 1])
     loss, weight, dy, valid, right = loss_of(y, data, rows, mask_b, offs_o, ignore_index, smoothing, O, STEP.loss)
     a = z if reads_before(STEP.activations[LAYERS - 1], BEFORE) else y
-    dz = gradient(dy, a, STEP.activations[LAYERS - 1])
+    dz = times_slope(dy, slope(a, STEP.activations[LAYERS - 1]), STEP.activations[LAYERS - 1])
     dz = tl.where(mask_b[:, None] & (offs_o < O)[None, :], dz, 0.0)
     tl.store(gradients[0] + offs_b[:, None] * BLOCK_O + offs_o[None, :], dz, mask=mask_b[:, None])
     counted, rights = tl.sum(valid.to(dtype)), tl.sum(right.to(dtype))
@@ -210,12 +210,12 @@ def dz_place(hidden, gradients, LAYER: tl.constexpr, LAYERS: tl.constexpr):
 
 
 @triton.jit
-def hidden_gradient(dh, h, slopes, offs, mask, LAYER: tl.constexpr, STEP: tl.constexpr):
-    """dz of a hidden layer from the gradient of its values h."""
+def hidden_slope(h, slopes, offs, mask, LAYER: tl.constexpr, STEP: tl.constexpr):
+    """The slope of the activation of a hidden layer whose values are h."""
     if reads_before(STEP.activations[LAYER], BEFORE):
-        return dh * tl.load(slopes[LAYER] + offs, mask=mask, other=0.0)
+        return tl.load(slopes[LAYER] + offs, mask=mask, other=0.0)
     else:
-        return gradient(dh, h, STEP.activations[LAYER])
+        return slope(h, STEP.activations[LAYER])
 
 
 @triton.jit
@@ -243,12 +243,14 @@ def backward_output(
         dy_ptrs = gradients[0] + offs_b[:, None] * BLOCK_O + offs_o[None, :]
         dy = tl.load(dy_ptrs, mask=mask_b[:, None], other=0.0) * scale
         offs_h, mask = offs_b[:, None] * K + offs_k[None, :], mask_b[:, None] & mask_k[None, :]
-        h = tl.load(hidden[LAYER - 1] + offs_h, mask=mask, other=0.0)
+        h_ptrs = hidden[LAYER - 1] + offs_h
+        h = tl.load(h_ptrs, mask=mask, other=0.0)
         dw = tl.dot(tl.trans(dy), h, dw, input_precision=TILES.precision, out_dtype=dtype)
+        s = hidden_slope(h, slopes, offs_h, mask, LAYER - 1, STEP)  # after the product Triton would move the mask, not h
         da = tl.dot(dy, w, input_precision=TILES.precision, out_dtype=dtype)
-        dz = hidden_gradient(da, h, slopes, offs_h, mask, LAYER - 1, STEP)
+        dz = times_slope(da, s, STEP.activations[LAYER - 1])
         db += tl.sum(dz, axis=0)
-        tl.store(hidden[LAYER - 1] + offs_h, dz, mask=mask)
+        tl.store(h_ptrs, dz, mask=mask)
     tl.debug_barrier()  # dz is there, and W was read
     step_on(parameters, 2 * LAYER, offs_w, mask_w, dw, row_ptr, STEP)
     if STEP.biases[LAYER - 1]:
@@ -286,7 +288,8 @@ def backward_hidden(
             da = tl.dot(dz, w, da, input_precision=TILES.precision, out_dtype=dtype)
         offs_h, mask = offs_b[:, None] * K + offs_k[None, :], mask_b[:, None] & mask_k[None, :]
         h = tl.load(hidden[LAYER - 1] + offs_h, mask=mask, other=0.0)
-        dz = hidden_gradient(da, h, slopes, offs_h, mask, LAYER - 1, STEP)
+        s = hidden_slope(h, slopes, offs_h, mask, LAYER - 1, STEP)
+        dz = times_slope(da, s, STEP.activations[LAYER - 1])
         db += tl.sum(dz, axis=0)
         tl.store(to_ptr + offs_h, dz, mask=mask)
     tl.debug_barrier()  # dz is there, and these columns of W were read
@@ -514,7 +517,7 @@ def train_mlp(
     losses, accuracies = x.new_empty(steps), x.new_empty(steps if step.accuracy else 0)
     hidden = tuple(x.new_empty(batch, size) for size in step.sizes[1:-1])
     before = (ACTIVATIONS[activation.name] == "before" for activation in step.activations)
-    slopes = tuple(torch.empty_like(h) if kept else h for h, kept in zip(hidden, before))
+    slopes = tuple(torch.empty_like(h) if kept else h for h, kept in zip(hidden, before, strict=False))
     widest = max(step.sizes[1:-2], default=0)  # of the layers whose dz comes in no place of values
     turns = tuple(x.new_empty(batch, widest) for _ in range(min(2, step.layers - 2)))
     gradients = (x.new_empty(batch, planned.options["TILES"].outputs), *turns)

@@ -210,12 +210,21 @@ def dz_place(hidden, gradients, LAYER: tl.constexpr, LAYERS: tl.constexpr):
 
 
 @triton.jit
-def hidden_slope(h, slopes, offs, mask, LAYER: tl.constexpr, STEP: tl.constexpr):
-    """The slope of the activation of a hidden layer whose values are h."""
-    if reads_before(STEP.activations[LAYER], BEFORE):
-        return tl.load(slopes[LAYER] + offs, mask=mask, other=0.0)
+def slope_at_values(h, ACTIVATION: tl.constexpr):
+    """The slope where it is read off the values h. Asked for before a product, or Triton moves it there, and not h."""
+    if reads_before(ACTIVATION, BEFORE):
+        return h  # of no use: it is kept
     else:
-        return slope(h, STEP.activations[LAYER])
+        return slope(h, ACTIVATION)
+
+
+@triton.jit
+def hidden_gradient(dh, s, slopes, offs, mask, LAYER: tl.constexpr, STEP: tl.constexpr):
+    """dz of a hidden layer from the gradient of its values, and their slope_at_values."""
+    if reads_before(STEP.activations[LAYER], BEFORE):
+        return dh * tl.load(slopes[LAYER] + offs, mask=mask, other=0.0)
+    else:
+        return times_slope(dh, s, STEP.activations[LAYER])
 
 
 @triton.jit
@@ -246,9 +255,9 @@ def backward_output(
         h_ptrs = hidden[LAYER - 1] + offs_h
         h = tl.load(h_ptrs, mask=mask, other=0.0)
         dw = tl.dot(tl.trans(dy), h, dw, input_precision=TILES.precision, out_dtype=dtype)
-        s = hidden_slope(h, slopes, offs_h, mask, LAYER - 1, STEP)  # after the product Triton would move the mask, not h
+        s = slope_at_values(h, STEP.activations[LAYER - 1])
         da = tl.dot(dy, w, input_precision=TILES.precision, out_dtype=dtype)
-        dz = times_slope(da, s, STEP.activations[LAYER - 1])
+        dz = hidden_gradient(da, s, slopes, offs_h, mask, LAYER - 1, STEP)
         db += tl.sum(dz, axis=0)
         tl.store(h_ptrs, dz, mask=mask)
     tl.debug_barrier()  # dz is there, and W was read
@@ -288,8 +297,8 @@ def backward_hidden(
             da = tl.dot(dz, w, da, input_precision=TILES.precision, out_dtype=dtype)
         offs_h, mask = offs_b[:, None] * K + offs_k[None, :], mask_b[:, None] & mask_k[None, :]
         h = tl.load(hidden[LAYER - 1] + offs_h, mask=mask, other=0.0)
-        s = hidden_slope(h, slopes, offs_h, mask, LAYER - 1, STEP)
-        dz = times_slope(da, s, STEP.activations[LAYER - 1])
+        s = slope_at_values(h, STEP.activations[LAYER - 1])
+        dz = hidden_gradient(da, s, slopes, offs_h, mask, LAYER - 1, STEP)
         db += tl.sum(dz, axis=0)
         tl.store(to_ptr + offs_h, dz, mask=mask)
     tl.debug_barrier()  # dz is there, and these columns of W were read

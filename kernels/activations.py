@@ -148,10 +148,10 @@ def gelu_tanh(z):
 
 @triton.jit
 def gelu_tanh_slope(z):
-    """s + z s (1 - s) 2 u' with s = sigmoid(2 u)."""
+    """s (1 + z (1 - s) 2 u') with s = sigmoid(2 u)."""
     square = z * z
-    s, ds = sigmoid_and_slope((z + z * square * CUBE) * ROOT_8_PI)
-    return s + z * ds * ((1.0 + square * (3.0 * CUBE)) * ROOT_8_PI)
+    s, rest = sigmoid_and_rest((z + z * square * CUBE) * ROOT_8_PI)
+    return s * (1.0 + z * rest * ((1.0 + square * (3.0 * CUBE)) * ROOT_8_PI))
 
 
 @triton.jit
@@ -162,9 +162,9 @@ def silu(z):
 
 @triton.jit
 def silu_slope(z):
-    """s + z s (1 - s) with s = sigmoid(z)."""
-    s, ds = sigmoid_and_slope(z)
-    return s + z * ds
+    """s (1 + z (1 - s)) with s = sigmoid(z)."""
+    s, rest = sigmoid_and_rest(z)
+    return s * (1.0 + z * rest)
 
 
 @triton.jit
@@ -200,11 +200,12 @@ def sigmoid_slope(h):
 
 
 @triton.jit
-def sigmoid_and_slope(z):
-    """s = sigmoid(z), and s (1 - s) without the difference."""
+def sigmoid_and_rest(z):
+    """s = sigmoid(z), and 1 - s without the difference."""
     e = exp(-tl.abs(z))
-    d = 1.0 / (1.0 + e)
-    return tl.where(z < 0, e, 1.0) * d, e * d * d
+    larger = 1.0 / (1.0 + e)
+    smaller = e * larger
+    return tl.where(z < 0, smaller, larger), tl.where(z < 0, larger, smaller)
 
 
 @triton.jit

@@ -15,18 +15,20 @@ import subprocess
 import sys
 import tempfile
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from fusednn import CrossEntropyLoss, SimpleNN, functional, train_steps
-from fusednn.kernels import adam, cross_entropy, linear, mlp_training
+from fusednn.kernels import cross_entropy, linear, mlp_training, updates
+from fusednn.kernels.step import ROW, Rule
 
 from . import watch
 from .conftest import seconds_left
 
-MODULES = (linear, cross_entropy, mlp_training, adam)
+MODULES = (linear, cross_entropy, mlp_training, updates)
 
 KERNELS = sorted({name for module in MODULES for name in vars(module) if name.endswith("_kernel")})
 """The names of all kernels that are launched."""
@@ -37,14 +39,15 @@ TOOLS = ("memcheck", "racecheck")
 def launch_all(device: str = "cuda", steps: int = 100) -> None:
     """Launch each kernel: ragged sizes, so that every mask has something to hide."""
     torch.manual_seed(0)
-    for sizes, batch in (((64, 128, 10), 32), ((100, 96, 100), 48)):
-        model = nn.Sequential(nn.Linear(*sizes[:2]), nn.ReLU(), nn.Linear(*sizes[1:])).to(device)
+    for sizes, batch in (((64, 128, 10), 32), ((100, 96, 100), 48), ((20, 40, 36, 70, 10), 48)):
+        layers = [layer for shape in pairwise(sizes) for layer in (nn.Linear(*shape), nn.GELU())]
+        model = nn.Sequential(*layers[:-1]).to(device)
         x, t = torch.randn(250, sizes[0], device=device), torch.randint(sizes[2], (250,), device=device)
         train_steps(model, torch.optim.Adam(model.parameters()), x, t, batch_size=batch, steps=steps)
 
     step = torch.zeros(1, dtype=torch.int64, device=device)
-    w, table = torch.randn(1500, device=device), torch.ones(1, 1, int(adam.ROW), device=device)
-    adam.optimizer_step(w, w.clone(), w.abs(), w.clone(), table, step, 0, ("adam", False, False, False))
+    w, table = torch.randn(1500, device=device), torch.ones(1, 1, ROW, device=device)
+    updates.optimizer_step(w, w.clone(), w.abs(), w.clone(), table, step, 0, Rule("adam"))
 
     net, criterion = SimpleNN(100, 96, 10).to(device), CrossEntropyLoss()
     for rows in (33, 5000):  # one program and many, without splits and with

@@ -24,6 +24,7 @@ from unittest.mock import patch
 import torch
 
 from fusednn.kernels import mlp_training
+from fusednn.kernels.step import Step
 from fusednn.training import plan
 
 from . import bench_train_steps, builds, resources, watch
@@ -52,7 +53,7 @@ Config = tuple[int, int, int, int, int]
 class Setting(NamedTuple):
     """What is trained: sizes, batch and precision, on what architecture."""
 
-    sizes: tuple[int, int, int]
+    sizes: tuple[int, ...]
     batch: int
     precision: str
     architecture: str
@@ -60,23 +61,23 @@ class Setting(NamedTuple):
     def __str__(self) -> str:
         return f"{'-'.join(map(str, self.sizes))}, batch {self.batch}, {self.precision}"
 
-    def row(self) -> tuple[int | None, int | None, tuple[int, ...]]:
-        """The row of the table that serves: the most rows of a batch, the most inputs, and the configuration."""
-        config = mlp_training.choose(self.all_sizes(), self.architecture, self.precision)
-        return next(row for row in mlp_training.CONFIGS[self.architecture, self.precision] if row[2] is config)
+    def row(self) -> tuple[Any, ...]:
+        """The row of the table that serves: the most layers, rows of a batch and inputs, and the configuration."""
+        config = mlp_training.choose(self.step(), self.batch, self.architecture, self.precision)
+        return next(row for row in mlp_training.CONFIGS[self.architecture, self.precision] if row[-1] is config)
 
     def current(self) -> Config:
         """The configuration of that row, with the tiles that come of it."""
-        return self.cut(self.row()[2])
+        return self.cut(self.row()[-1])
 
     def cut(self, config: tuple[int, ...]) -> Config:
         """`config` with tiles no larger than the net and the batch, as the launcher takes it."""
-        block_b, block_h, block_i, _ = mlp_training.tiles(config, self.all_sizes())
-        return block_b, block_h, block_i, config[3], config[4]
+        tiles = mlp_training.tiles(config, self.step(), self.batch, self.precision)
+        return tiles.batch, tiles.hidden, tiles.inputs, config[3], config[4]
 
-    def all_sizes(self) -> mlp_training.Sizes:
-        """Of batch and net."""
-        return mlp_training.Sizes(self.batch, *self.sizes)
+    def step(self) -> Step:
+        """With PyTorch's default options."""
+        return builds.DEFAULT.step(self.sizes)
 
     def configs(self) -> list[Config]:
         """The grid, each configuration once, and the current one first."""
@@ -90,7 +91,7 @@ def table_of(setting: Setting, config: Config) -> Iterator[None]:
     key = setting.architecture, setting.precision
     one_program = dict.fromkeys(plan.MOST_BEFORE_GRAPH, 2**62)
     with (
-        patch.dict(mlp_training.CONFIGS, {key: ((None, None, config),)}),
+        patch.dict(mlp_training.CONFIGS, {key: ((None, None, None, config),)}),
         patch.dict(plan.MOST_BEFORE_GRAPH, one_program),
     ):
         mlp_training.plan_training.cache_clear()
@@ -115,7 +116,7 @@ def compile_one(setting: Setting, config: Config) -> int:
         patch.object(mlp_training, "architecture_of", lambda x: setting.architecture),
         patch.object(mlp_training, "launch", lambda *launched: launches.append(launched)),
     ):
-        builds.train(setting.sizes, setting.batch, torch.float32, builds.PLAIN)
+        builds.train(setting.step(), setting.batch, torch.float32)
     kernel, plan, *arguments = launches[0]
     compiled = kernel.warmup(*arguments, grid=plan.grid, **plan.options)
     return resources.usage(compiled.asm["cubin"])["STACK"]
@@ -190,7 +191,7 @@ def report(setting: Setting, timed: list[Timed]) -> None:
     best, us = timed[0], {one.config: one.us() for one in timed}
     ratio = f", {best.us() / us[setting.current()]:.3f} of the current row" if setting.current() in us else ""
     words = f"{setting}: {best.us():.2f} us on {torch.cuda.get_device_name()}{ratio}"
-    row = *setting.row()[:2], best.config
+    row = *setting.row()[:-1], best.config
     print(f'  ("{setting.architecture}", "{setting.precision}"): {row},  # {words}', flush=True)
 
 

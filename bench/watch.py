@@ -46,9 +46,10 @@ def all_kernels() -> list[Any]:
     """Each @triton.jit function of ours, device functions too, always in the same order."""
     from triton.runtime.jit import JITFunction
 
-    from fusednn.kernels import adam, cross_entropy, cross_entropy_kernels, linear, mlp_training, numerics
+    from fusednn.kernels import activations, cross_entropy, cross_entropy_kernels, linear, losses
+    from fusednn.kernels import mlp_training, numerics, updates
 
-    modules = (numerics, adam, cross_entropy_kernels, cross_entropy, linear, mlp_training)
+    modules = (numerics, updates, activations, cross_entropy_kernels, losses, cross_entropy, linear, mlp_training)
     named = [value for module in modules for _, value in sorted(vars(module).items())]
     return [value for value in named if isinstance(value, JITFunction)]
 

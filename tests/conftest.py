@@ -74,7 +74,7 @@ def _clear_plans(*modules: ModuleType) -> None:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Configurations so small that 33 of anything takes several programs and several trips through every loop."""
-    from fusednn.kernels import adam, cross_entropy, linear, mlp_training
+    from fusednn.kernels import cross_entropy, linear, mlp_training, updates
     from fusednn.kernels.launch import LaunchConfig
 
     for key in linear.CONFIGS:
@@ -92,9 +92,9 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(cross_entropy, "MOST_SCALERS", 2)
     monkeypatch.setattr(cross_entropy, "MOST_COUNTS", 4)
     for key in mlp_training.CONFIGS:
-        monkeypatch.setitem(mlp_training.CONFIGS, key, ((None, None, (16, 16, 16, 4, 1)),))
-    monkeypatch.setattr(adam, "STEP_CONFIG", LaunchConfig(1, 16))
-    kernels = (linear, cross_entropy, mlp_training, adam)
+        monkeypatch.setitem(mlp_training.CONFIGS, key, ((None, None, None, (16, 16, 16, 4, 1)),))
+    monkeypatch.setattr(updates, "STEP_CONFIG", LaunchConfig(1, 16))
+    kernels = (linear, cross_entropy, mlp_training, updates)
     _clear_plans(*kernels)
     yield
     _clear_plans(*kernels)

@@ -22,9 +22,9 @@ def launched(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> tuple[int, ..
     monkeypatch.setattr(mlp_training, "precision_of", lambda x: setting.precision)
     monkeypatch.setattr(mlp_training, "architecture_of", lambda x: setting.architecture)
     monkeypatch.setattr(mlp_training, "launch", lambda kernel, plan, *arguments: plans.append(plan))
-    builds.train(setting.sizes, setting.batch, torch.float32, builds.PLAIN)
+    builds.train(setting.step(), setting.batch, torch.float32)
     options = plans[0].options
-    return tuple(options[name] for name in ("BLOCK_B", "BLOCK_H", "BLOCK_I", "num_warps", "num_stages"))
+    return (*options["TILES"][:3], options["num_warps"], options["num_stages"])
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
@@ -42,8 +42,8 @@ def test_what_is_tried_is_what_is_launched(setting: Setting, monkeypatch: pytest
 
 def test_each_row_of_the_table_has_a_case() -> None:
     """Of an H100 in TF32."""
-    rows = [config for _, _, config in mlp_training.CONFIGS["sm_90", "tf32"]]
-    chosen = [mlp_training.choose(mlp_training.Sizes(batch, *sizes), "sm_90", "tf32") for sizes, batch in sweep.CASES]
+    rows = [config for *_, config in mlp_training.CONFIGS["sm_90", "tf32"]]
+    chosen = [mlp_training.choose(builds.DEFAULT.step(sizes), batch, "sm_90", "tf32") for sizes, batch in sweep.CASES]
     assert {*chosen} == {*rows}
     assert sweep.CASES[:2] == [(DIGITS, 32), (MNIST, 128)]
 
@@ -54,7 +54,7 @@ def test_the_report_names_the_best(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     best, other = Timed((32, 64, 64, 8, 1), None, 10, [3.0, 2.0, 2.5]), Timed(setting.current(), None, 10, [5.0])  # type: ignore[arg-type]
     sweep.report(setting, [best, other])
     said = capsys.readouterr().out
-    row = '("sm_90", "tf32"): (32, None, (32, 64, 64, 8, 1)),'
+    row = '("sm_90", "tf32"): (2, 32, None, (32, 64, 64, 8, 1)),'
     assert f"{row}  # 64-128-10, batch 32, tf32: 2.50 us on a card, 0.500 of the current row" in said
     assert "2.00 to     3.00" in said
     sweep.report(setting, [best])

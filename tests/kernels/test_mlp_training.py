@@ -1,6 +1,7 @@
 """The training kernel against autograd in float64, also in tiles so small that every loop runs several times."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -8,18 +9,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusednn.kernels import adam, mlp_training
-from fusednn.kernels.mlp_training import Options, train_mlp
+from fusednn.kernels import mlp_training
+from fusednn.kernels.mlp_training import Described, train_mlp
+from fusednn.kernels.step import ACTIVATIONS, ROW, Activation, Loss, Rule, Step
+from tests.kernels.test_activations import PYTORCH
 
 INPUTS, HIDDEN, OUTPUTS = 37, 40, 10
-PLAIN = Options(True, False, False, True, "sgd", False, False, False)
+
+NUMBERS: dict[str, tuple[float, ...]] = {"leaky_relu": (0.25,), "elu": (0.75,), "softplus": (1.5, 2.0)}
+
+
+def describe(sizes: Sequence[int], names: Sequence[str], biases: Sequence[bool] | bool = True, **more: Any) -> Step:
+    """A step by SGD of a net with these activations."""
+    biases = (biases,) * (len(sizes) - 1) if isinstance(biases, bool) else tuple(biases)
+    activations = tuple(Activation(name, NUMBERS.get(name, ())) for name in names)
+    return Step(tuple(sizes), biases, activations, **{"rule": Rule("sgd"), **more})
+
+
+PLAIN = describe((INPUTS, HIDDEN, OUTPUTS), ("relu", "identity"), accuracy=True)
 
 
 @pytest.fixture(params=["one tile each", "several"], autouse=True)
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     block = 64 if request.param == "one tile each" else 16
     for key in mlp_training.CONFIGS:
-        monkeypatch.setitem(mlp_training.CONFIGS, key, ((None, None, (block, block, block, 4, 1)),))
+        monkeypatch.setitem(mlp_training.CONFIGS, key, ((None, None, None, (block, block, block, 4, 1)),))
     mlp_training.plan_training.cache_clear()
     yield request.param
     mlp_training.plan_training.cache_clear()
@@ -28,43 +42,53 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 class Net:
     """Random parameters, their gradients, and the data: x and targets are views with gaps, those of x full of NaN."""
 
-    def __init__(self, device: str, rows: int = 50, bias: bool = True, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(self, device: str, step: Step = PLAIN, rows: int = 50, dtype: torch.dtype = torch.float64) -> None:
         generator = torch.Generator().manual_seed(1)
 
         def random(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=dtype).to(device)
 
-        self.x = torch.full((2 * rows, 2 * INPUTS), float("nan"), dtype=dtype, device=device)[::2, 1::2]
-        self.x.copy_(random(rows, INPUTS))
-        self.targets = torch.randint(0, OUTPUTS, (rows, 3), generator=generator).to(device)[:, 1]
+        inputs, outputs = step.sizes[0], step.sizes[-1]
+        self.step = step
+        self.x = torch.full((2 * rows, 2 * inputs), float("nan"), dtype=dtype, device=device)[::2, 1::2]
+        self.x.copy_(random(rows, inputs))
+        self.targets = torch.randint(0, outputs, (rows, 3), generator=generator).to(device)[:, 1]
         self.order = torch.randperm(rows, generator=generator).to(device)
-        biases = [random(HIDDEN), random(OUTPUTS)] if bias else [None, None]
-        self.w: list[Any] = [random(HIDDEN, INPUTS) / 6, biases[0], random(OUTPUTS, HIDDEN) / 6, biases[1]]
+        self.w: list[Any] = []
+        for (k, n), bias in zip(pairwise(step.sizes), step.biases, strict=True):
+            self.w += [random(n, k) / k**0.5, random(n) if bias else None]
+
+    def outputs(self, rows: Tensor, w: list[Any]) -> Tensor:
+        """What the net makes of `rows`, by PyTorch."""
+        h = self.x[rows]
+        for layer, activation in enumerate(self.step.activations):
+            h = PYTORCH[activation.name](F.linear(h, w[2 * layer], w[2 * layer + 1]), *activation.numbers)
+        return h
 
     def gradients(self, rows: Tensor, **options: Any) -> tuple[Tensor, list[Any]]:
         """The loss of `rows` and its gradients at the parameters as they are now."""
         w = [None if p is None else p.clone().requires_grad_() for p in self.w]
-        hidden = torch.relu(F.linear(self.x[rows], w[0], w[1]))
-        loss = F.cross_entropy(F.linear(hidden, w[2], w[3]), self.targets[rows], **options)
+        loss = F.cross_entropy(self.outputs(rows, w), self.targets[rows], **options)
         grads = iter(torch.autograd.grad(loss, [p for p in w if p is not None]))
         return loss.detach(), [None if p is None else next(grads) for p in w]
 
-    def train(self, table: Tensor, options: Options = PLAIN, **arguments: Any) -> tuple[Tensor, Tensor]:
+    def train(self, table: Tensor, step: Step | None = None, states: Any = None, **arguments: Any) -> Any:
         defaults: dict[str, Any] = {
             "batch_size": 33, "position": 0, "epoch_rows": len(self.x), "ignore_index": -100, "label_smoothing": 0.0,
         }  # fmt: skip
-        weight = arguments.pop("class_weight", None)
-        return train_mlp(
-            self.x, self.targets, self.order, weight, self.w, self.w, self.w, table, options, **defaults | arguments
-        )
+        weight, states = arguments.pop("class_weight", None), (self.w, self.w) if states is None else states
+        given = (self.x, self.targets, self.order, weight, self.w, *states, table)
+        return train_mlp(self.step if step is None else step, *given, **defaults | arguments)
 
 
-def rows_of(*values: dict[int, float], device: str, dtype: torch.dtype = torch.float64) -> Tensor:
+def rows_of(
+    *values: dict[int, float], device: str, dtype: torch.dtype = torch.float64, step: Step = PLAIN
+) -> Tensor:
     """A table of a step each: the numbers at their places, the same for all parameters."""
-    table = torch.zeros(len(values), 4, adam.ROW.value, dtype=dtype)
-    for step, row in enumerate(values):
+    table = torch.zeros(len(values), 2 * step.layers, ROW, dtype=dtype)
+    for made, row in enumerate(values):
         for place, value in row.items():
-            table[step, :, place] = value
+            table[made, :, place] = value
     return table.to(device)
 
 
@@ -72,18 +96,59 @@ def assert_near(result: Any, expected: Any) -> None:
     torch.testing.assert_close(result, expected, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("batch_size", [1, 16, 33])
-def test_gradients_of_one_step(device: str, batch_size: int, bias: bool) -> None:
+def assert_gradients(device: str, step: Step, batch_size: int = 33) -> None:
     """With a learning rate of 1 the step is the gradient."""
-    net = Net(device, bias=bias)
+    net = Net(device, step)
     before = [None if p is None else p.clone() for p in net.w]
     loss, grads = net.gradients(net.order[:batch_size])
-    losses, _ = net.train(rows_of({0: 1.0}, device=device), batch_size=batch_size)
+    losses, _ = net.train(rows_of({0: 1.0}, device=device, step=step), batch_size=batch_size)
     assert_near(losses[0], loss)
     for old, new, grad in zip(before, net.w, grads, strict=True):
         if old is not None:
             assert_near(old - new, grad)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 16, 33])
+def test_gradients_of_one_step(device: str, batch_size: int, bias: bool) -> None:
+    assert_gradients(device, PLAIN._replace(biases=(bias, bias)), batch_size)
+
+
+DEPTHS = {
+    1: (19, 5), 2: (19, 20, 5), 3: (19, 20, 33, 5), 4: (18, 33, 20, 17, 5), 5: (3, 17, 20, 33, 18, 5),
+    8: (18, 33, 17, 20, 35, 17, 20, 18, 5),
+}  # fmt: skip
+"""Sizes of nets, of which each layer has two tiles where tiles are small."""
+
+
+@pytest.mark.parametrize("bias", ["all", "none", "some"])
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_any_depth(device: str, depth: int, bias: str) -> None:
+    """With activations of both kinds by turns, also behind the last layer; some biases are not there."""
+    names = [("tanh", "gelu")[layer % 2] for layer in range(depth)]
+    biases = [bias == "all" or (bias == "some" and layer % 3 != 1) for layer in range(depth)]
+    assert_gradients(device, describe(DEPTHS[depth], names, biases))
+
+
+@pytest.mark.parametrize("place", ["hidden", "last"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_any_activation(device: str, name: str, place: str) -> None:
+    """Behind all hidden layers of a net with three, the first two of which are computed in another way, or the last."""
+    names = [name, name, name, "identity"] if place == "hidden" else ["relu", name]
+    assert_gradients(device, describe(DEPTHS[4 if place == "hidden" else 2], names))
+
+
+def test_layers_alternate_their_buffers_in_every_step(device: str) -> None:
+    """Three steps of six layers: what one leaves is not read by the next."""
+    step = describe((3, 17, 33, 20, 17, 18, 5), ["silu", "relu", "elu", "sigmoid", "softplus", "identity"])
+    net, expected = Net(device, step), Net(device, step)
+    losses, _ = net.train(rows_of(*[{0: 0.5}] * 3, device=device, step=step), batch_size=16)
+    for made, rows in enumerate(net.order[:48].split(16)):
+        loss, grads = expected.gradients(rows)
+        expected.w = [p - 0.5 * grad for p, grad in zip(expected.w, grads, strict=True)]
+        assert_near(losses[made], loss)
+    for new, wanted in zip(net.w, expected.w, strict=True):
+        assert_near(new, wanted)
 
 
 OPTIONS = {
@@ -101,12 +166,10 @@ def test_cross_entropy_with(device: str, name: str) -> None:
     if "weight" in given:
         given["weight"] = given["weight"].to(device)
     before, (loss, grads) = [p.clone() for p in net.w], net.gradients(net.order[:33], **given)
-    options = PLAIN._replace(
-        mean="reduction" not in given, weighted="weight" in given, smoothed="label_smoothing" in given
-    )
+    loss_of = Loss("cross_entropy", "reduction" not in given, "weight" in given, "label_smoothing" in given)
     arguments = {key: value for key, value in given.items() if key in ("label_smoothing", "ignore_index")}
     table = rows_of({0: 1.0}, device=device)
-    losses, _ = net.train(table, options, class_weight=given.get("weight"), **arguments)
+    losses, _ = net.train(table, PLAIN._replace(loss=loss_of), class_weight=given.get("weight"), **arguments)
     assert_near(losses[0], loss)
     for old, new, grad in zip(before, net.w, grads, strict=True):
         assert_near(old - new, grad)
@@ -119,8 +182,7 @@ def test_steps_follow_the_order_and_the_table(device: str) -> None:
     rates = (0.5, 0.25, 0.125)
     losses, accuracies = net.train(rows_of(*({0: rate} for rate in rates), device=device), position=33)
     for step, rows in enumerate(net.order.split([17, 33, 17])):
-        hidden = torch.relu(F.linear(expected.x[rows], expected.w[0], expected.w[1]))
-        right = F.linear(hidden, expected.w[2], expected.w[3]).argmax(1) == expected.targets[rows]
+        right = expected.outputs(rows, expected.w).argmax(1) == expected.targets[rows]
         loss, grads = expected.gradients(rows)
         expected.w = [p - rates[step] * grad for p, grad in zip(expected.w, grads, strict=True)]
         assert_near(losses[step], loss)
@@ -133,15 +195,11 @@ def test_each_parameter_has_its_row_and_its_state(device: str) -> None:
     """Adam with other numbers for each parameter, from a state that is not zero."""
     net = Net(device)
     before, (_, grads) = [p.clone() for p in net.w], net.gradients(net.order[:33])
-    table = torch.rand(1, 4, adam.ROW.value, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).to(device)
+    table = torch.rand(1, 4, ROW, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).to(device)
     table[:, :, 3] = torch.tensor([1.0, -1.0, -1.0, 1.0])
     firsts, seconds = ([torch.rand_like(p) for p in net.w] for _ in range(2))
     m, v = [p.clone() for p in firsts], [p.clone() for p in seconds]
-    options = Options(True, False, False, False, "adam", True, True, True)
-    train_mlp(
-        net.x, net.targets, net.order, None, net.w, firsts, seconds, table, options,
-        batch_size=33, position=0, epoch_rows=50, ignore_index=-100, label_smoothing=0.0,
-    )  # fmt: skip
+    net.train(table, PLAIN._replace(rule=Rule("adam", True, True, True)), (firsts, seconds))
     for i, old in enumerate(before):
         step_size, decay, shrink, sign, root, eps, grad_part, kept, part = table[0, i]
         g = sign * grads[i] + decay * old
@@ -159,10 +217,7 @@ def test_momentum(device: str, rule: str) -> None:
     firsts = [torch.rand_like(p) for p in net.w]
     m = [p.clone() for p in firsts]
     table = rows_of({0: 0.5, 4: 0.75, 5: 0.375}, device=device)
-    train_mlp(
-        net.x, net.targets, net.order, None, net.w, firsts, firsts, table, PLAIN._replace(rule=rule),
-        batch_size=33, position=0, epoch_rows=50, ignore_index=-100, label_smoothing=0.0,
-    )  # fmt: skip
+    net.train(table, PLAIN._replace(rule=Rule(rule)), (firsts, firsts))
     for i, old in enumerate(before):
         first = 0.75 * m[i] + 0.375 * grads[i]
         assert_near(firsts[i], first)
@@ -186,9 +241,9 @@ def test_no_rows_that_count(device: str) -> None:
 def test_a_label_out_of_range_is_nan_and_never_an_offset(device: str, label: int) -> None:
     net = Net(device)
     net.targets[net.order[2]] = label
-    options = PLAIN._replace(weighted=True)
+    step = PLAIN._replace(loss=Loss("cross_entropy", weighted=True))
     weight = torch.ones(OUTPUTS, dtype=torch.float64, device=device)
-    losses, _ = net.train(rows_of({0: 1.0}, device=device), options, class_weight=weight)
+    losses, _ = net.train(rows_of({0: 1.0}, device=device), step, class_weight=weight)
     assert losses.isnan().all()
     assert all(p.isnan().any() for p in net.w)
 
@@ -231,13 +286,34 @@ def test_bits_repeat_and_do_not_depend_on_the_chunks(device: str) -> None:
 
 def test_every_table_holds_every_size() -> None:
     """In one program, and in tiles no smaller than a product may be."""
+    nets = [(1, 1, 1), (4096, 4096, 128), (65, 7, 100), (3, 2), (5000, 128), (64, 128, 64, 10), (4, *[64] * 7, 2)]
     for architecture, precision in mlp_training.CONFIGS:
-        for sizes in ((1, 1, 1, 1), (512, 4096, 4096, 128), (33, 65, 7, 100)):
-            dtype = torch.float64 if precision == "fp64" else torch.float32
-            kind = (architecture, dtype, "ieee" if precision == "fp64" else precision)
-            launched, columns = mlp_training.plan_training(mlp_training.Sizes(*sizes), True, True, PLAIN, *kind)
-            blocks = [launched.options[f"BLOCK_{name}"] for name in "BHIO"]
-            assert min(blocks) >= 16
-            assert columns == blocks[3] >= sizes[3]
-            assert launched.options["ONE_TILE"] == (sizes[0] <= blocks[0])
-            assert launched.grid == (1,)
+        for sizes in nets:
+            for batch in (1, 33, 512):
+                step = describe(sizes, ["relu"] * (len(sizes) - 1))
+                dtype = torch.float64 if precision == "fp64" else torch.float32
+                kind = (architecture, dtype, "ieee" if precision == "fp64" else precision)
+                launched = mlp_training.plan_training(step, batch, *kind)
+                tiles = launched.options["TILES"]
+                assert min(tiles[:4]) >= 16
+                assert tiles.outputs >= sizes[-1]
+                assert tiles.one_batch == (batch <= tiles.batch)
+                assert tiles.precision == kind[2]
+                assert launched.grid == (1,)
+
+
+def test_what_differs_is_compiled_apart() -> None:
+    """Triton's key of a kernel has the str() of a compile-time argument: that of a step must say all of it."""
+    activations = PLAIN.activations
+    others = [
+        PLAIN._replace(sizes=(INPUTS, HIDDEN + 1, OUTPUTS)), PLAIN._replace(biases=(True, False)),
+        PLAIN._replace(activations=activations[::-1]), PLAIN._replace(accuracy=False),
+        PLAIN._replace(activations=(Activation("elu", (1.0,)), activations[1])),
+        PLAIN._replace(activations=(Activation("elu", (1.5,)), activations[1])),
+        PLAIN._replace(loss=Loss("cross_entropy", True, True)), PLAIN._replace(rule=Rule("sgd", maximize=True)),
+    ]  # fmt: skip
+    steps = [PLAIN, *others]
+    assert len({str(Described(*step)) for step in steps}) == len(steps)
+    assert mlp_training.plan_training(PLAIN, 32, "other", torch.float32, "ieee").options["STEP"] == PLAIN
+    planned = mlp_training.plan_training(others[0], 32, "other", torch.float32, "ieee")
+    assert str(planned.options["STEP"]) == repr(Described(*others[0]))

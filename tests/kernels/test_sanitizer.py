@@ -25,11 +25,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusednn.kernels import adam, cross_entropy, cross_entropy_kernels, linear, mlp_training
+from fusednn.kernels import activations, cross_entropy, cross_entropy_kernels, linear, mlp_training, updates
 from fusednn.kernels.launch import Launch
+from fusednn.kernels.step import ROW, Activation, Loss, Rule, Step
 from tests.conftest import small_tiles
 
-MODULES = (linear, cross_entropy_kernels, mlp_training, adam)
+MODULES = (linear, cross_entropy_kernels, mlp_training, updates)
 KERNELS = {name for module in MODULES for name in vars(module) if name.endswith("_kernel")}
 
 ALONE = {"sum_losses_kernel", "mlp_training_kernel"}
@@ -139,7 +140,8 @@ def faults(names: list[str], arguments: tuple[Any, ...]) -> Iterator[tuple[str, 
         if isinstance(value, tuple):
             for j, stride in enumerate(value):
                 if isinstance(stride, int) and stride:
-                    yield f"{name}[{j}]", (*before, (*value[:j], stride + 1, *value[j + 1 :]), *after)
+                    faulty = (*value[:j], stride + 1, *value[j + 1 :])
+                    yield f"{name}[{j}]", (*before, type(value)(*faulty) if hasattr(value, "_fields") else faulty, *after)
 
 
 def gapped(tensor: Tensor) -> Tensor:
@@ -208,36 +210,45 @@ def call_cross_entropy() -> None:
 
 
 def call_training() -> None:
-    """The launchers of kernels/mlp_training.py and kernels/adam.py: two ragged epochs, each layout, some labels none.
+    """The launchers of kernels/mlp_training.py and kernels/updates.py: two ragged epochs, each layout, some labels none.
 
-    Without biases W1 stands in for them, and the logits for class weights.
+    Nets of one to five layers. Without biases W1 stands in for them, and for class weights.
     """
     kinds = itertools.cycle([(True, "adam", True, 17), (False, "sgd", False, 20), (True, "nesterov", False, 17)])
-    for layout in LAYOUTS:
-        bias, rule, everything, batch_size = next(kinds)
-        x, labels = layout(torch.randn(20, 18)), torch.randint(0, 5, (20,))
-        labels[3], labels[4], labels[5] = -100, 5, -(2**40)
-        w = [torch.randn(shape) if bias or len(shape) == 2 else None for shape in ((19, 18), (19,), (5, 19), (5,))]
-        states = [[None if p is None else torch.rand_like(p) for p in w] for _ in range(2)]
-        options = mlp_training.Options(
-            everything, everything, everything, everything, rule, everything, False, everything
-        )
-        order, table = torch.cat([torch.randperm(20)[3:], torch.randperm(20)[:batch_size]]), torch.rand(2, 4, 9)
-        mlp_training.train_mlp(
-            x, layout(labels), order, torch.rand(5), w, *states, table, options,
-            batch_size=batch_size, position=3, epoch_rows=20, ignore_index=-100, label_smoothing=0.1,
-        )  # fmt: skip
-        step, g = torch.ones(1, dtype=torch.int64), torch.randn(19, 18)
-        state = (states[0][0], states[1][0]) if rule == "adam" else (states[0][0], None) if bias else (None, None)
-        adam.optimizer_step(w[0], *state, g, torch.rand(2, 4, 9), step, 3, (rule, everything, False, everything))
+    for sizes in ((18, 19, 5), (18, 5), (18, 19, 17, 20, 17, 5)):
+        for layout in LAYOUTS if len(sizes) != 2 else LAYOUTS[:1]:
+            call_step(sizes, layout, *next(kinds))
+
+
+def call_step(sizes: tuple[int, ...], layout: Any, bias: bool, name: str, everything: bool, batch_size: int) -> None:
+    """Two steps of a net, and one of an optimizer."""
+    layers = len(sizes) - 1
+    x, labels = layout(torch.randn(20, 18)), torch.randint(0, 5, (20,))
+    labels[3], labels[4], labels[5] = -100, 5, -(2**40)
+    shapes = [shape for k, n in itertools.pairwise(sizes) for shape in ((n, k), (n,))]
+    w = [torch.randn(shape) if bias or len(shape) == 2 else None for shape in shapes]
+    states = [[None if p is None else torch.rand_like(p) for p in w] for _ in range(2)]
+    activations = tuple(Activation(("gelu", "relu")[layer % 2]) for layer in range(layers))
+    loss, rule = Loss("cross_entropy", everything, everything, everything), Rule(name, everything, False, everything)
+    step = Step(sizes, (bias,) * layers, activations, loss, rule, everything)
+    order, table = torch.cat([torch.randperm(20)[3:], torch.randperm(20)[:batch_size]]), torch.rand(2, 2 * layers, ROW)
+    mlp_training.train_mlp(
+        step, x, layout(labels), order, torch.rand(5), w, *states, table,
+        batch_size=batch_size, position=3, epoch_rows=20, ignore_index=-100, label_smoothing=0.1,
+    )  # fmt: skip
+    at, g = torch.ones(1, dtype=torch.int64), torch.randn(shapes[0])
+    state = (states[0][0], states[1][0]) if name == "adam" else (states[0][0], None) if bias else (None, None)
+    updates.optimizer_step(w[0], *state, g, torch.rand(2, 2, ROW), at, 1, rule)
 
 
 def main() -> None:
     """Make the calls, with every launch traced, and print what was seen."""
     import triton.language as tl
     import triton_viz
+    from triton_viz.core.patch import _loop_patcher
     from triton_viz.frontends.base import OPERATION_REGISTRY
 
+    vars(activations)["_triton_viz_loop_patcher"] = _loop_patcher  # it is put where the kernel is, and loops are here too
     del OPERATION_REGISTRY["triton"].namespaces[tl]["trans"]  # it would be called without the interpreter's _semantic
 
     outside: list[tuple[str, str]] = []
@@ -272,7 +283,7 @@ def main() -> None:
         patch.setattr(linear, "launch", launch)
         patch.setattr(cross_entropy, "launch", launch)
         patch.setattr(mlp_training, "launch", launch)
-        patch.setattr(adam, "launch", launch)
+        patch.setattr(updates, "launch", launch)
         torch.manual_seed(0)
         call_linear()
         call_cross_entropy()

@@ -266,3 +266,26 @@ def test_weights_of_another_shape_between_two_steps(device: str, hidden: int) ->
         model[2].weight.data = torch.linspace(-1, 1, 10 * hidden, device=device).view(10, hidden)
         losses += [step(x, targets), step(x, targets)]
     torch.testing.assert_close(losses[:3], losses[3:])
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(MODULES) - {"gelu", "gelu_tanh"})
+)  # of inf PyTorch's gelu depends on the size
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_infinite_numbers_go_where_the_loop_sends_them(name: str, depth: int, device: str) -> None:
+    """In the inputs, and in a weight; the units of a layer fill no tile, and the last batch is ragged."""
+    x, targets = data(device, 18, 5, 3)
+    x[3, 2], x[9, 1] = float("inf"), -float("inf")
+    model: Any = chain(device, [5, 3, 4][:depth] + [3], [name] * (depth - 1) + ["identity"], [True] * depth)
+    with torch.no_grad():
+        model[0].weight.clamp_(min=0.1)
+        model[0].weight[1] = -0.2
+    for infinite in (False, True):
+        if infinite:
+            with torch.no_grad():
+                model[2 * depth - 2].weight[0, 0] = float("inf")
+        ours, theirs = (
+            train(loop, model, x, targets, make=lambda p: SGD(p, lr=0.1), steps=2, batch_size=16, shuffle=False)
+            for loop in (train_steps, reference.train_steps)
+        )
+        assert_alike(ours, theirs)

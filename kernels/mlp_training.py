@@ -121,14 +121,15 @@ def hidden_tile(
 ):  # fmt: skip
     """The values of the units of a hidden layer from `n` on, which it leaves in `hidden`."""
     N: tl.constexpr = STEP.sizes[LAYER + 1]
+    ACTIVATION: tl.constexpr = STEP.activations[LAYER]
     BLOCK_N: tl.constexpr = fitted(TILES.hidden, N)
     offs_n = n + tl.arange(0, BLOCK_N)
     z = linear_tile(data, weights, hidden, rows, offs_b, mask_b, offs_n, BLOCK_N, LAYER, STEP, TILES)
-    h = value(z, STEP.activations[LAYER])
+    h = value(z, ACTIVATION)
     offs, mask = offs_b[:, None] * N + offs_n[None, :], mask_b[:, None] & (offs_n < N)[None, :]
     tl.store(hidden[LAYER] + offs, h, mask=mask)
-    if reads_before(STEP.activations[LAYER], BEFORE):
-        tl.store(slopes[LAYER] + offs, slope(z, STEP.activations[LAYER]), mask=mask)
+    if reads_before(ACTIVATION, BEFORE):
+        tl.store(slopes[LAYER] + offs, slope(z, ACTIVATION), mask=mask)
     return h
 
 
@@ -168,6 +169,8 @@ def forward_tile(
     """
     LAYERS: tl.constexpr = len(STEP.biases)
     O: tl.constexpr = STEP.sizes[LAYERS]
+    ACTIVATION: tl.constexpr = STEP.activations[LAYERS - 1]
+    LOSS: tl.constexpr = STEP.loss
     BLOCK_O: tl.constexpr = TILES.outputs
     dtype: tl.constexpr = weights[0].dtype.element_ty
     for layer in tl.static_range(LAYERS - 2):
@@ -180,10 +183,10 @@ def forward_tile(
     else:
         z = output_tile(data, weights, hidden, slopes, rows, offs_b, mask_b, offs_o, LAYERS - 1, STEP, TILES)
 
-    y = value(z, STEP.activations[LAYERS - 1])
-    loss, weight, dy, valid, right = loss_of(y, data, rows, mask_b, offs_o, ignore_index, smoothing, O, STEP.loss)
-    a = z if reads_before(STEP.activations[LAYERS - 1], BEFORE) else y
-    dz = times_slope(dy, slope(a, STEP.activations[LAYERS - 1]), STEP.activations[LAYERS - 1])
+    y = value(z, ACTIVATION)
+    loss, weight, dy, valid, right = loss_of(y, data, rows, mask_b, offs_o, ignore_index, smoothing, O, LOSS)
+    a = z if reads_before(ACTIVATION, BEFORE) else y
+    dz = times_slope(dy, slope(a, ACTIVATION), ACTIVATION)
     dz = tl.where(mask_b[:, None] & (offs_o < O)[None, :], dz, 0.0)
     tl.store(gradients[0] + offs_b[:, None] * BLOCK_O + offs_o[None, :], dz, mask=mask_b[:, None])
     counted, rights = tl.sum(valid.to(dtype)), tl.sum(right.to(dtype))
@@ -193,9 +196,10 @@ def forward_tile(
 @triton.jit
 def step_on(parameters, PARAMETER: tl.constexpr, offs, mask, g, row_ptr, STEP: tl.constexpr):
     """The optimizer's step on some elements of a parameter; their order is W1, b1, W2, b2, ..."""
+    RULE: tl.constexpr = STEP.rule
     weights, firsts, seconds = parameters
     row_ptr += PARAMETER * ROW
-    update(weights[PARAMETER], firsts[PARAMETER], seconds[PARAMETER], offs, mask, g, row_ptr, STEP.rule)
+    update(weights[PARAMETER], firsts[PARAMETER], seconds[PARAMETER], offs, mask, g, row_ptr, RULE)
 
 
 @triton.jit
@@ -210,8 +214,9 @@ def dz_place(hidden, gradients, LAYER: tl.constexpr, LAYERS: tl.constexpr):
 
 
 @triton.jit
-def slope_at_values(h, ACTIVATION: tl.constexpr):
+def slope_at_values(h, LAYER: tl.constexpr, STEP: tl.constexpr):
     """The slope where it is read off the values h. Asked for before a product, or Triton moves it there, and not h."""
+    ACTIVATION: tl.constexpr = STEP.activations[LAYER]
     if reads_before(ACTIVATION, BEFORE):
         return h  # of no use: it is kept
     else:
@@ -221,10 +226,11 @@ def slope_at_values(h, ACTIVATION: tl.constexpr):
 @triton.jit
 def hidden_gradient(dh, s, slopes, offs, mask, LAYER: tl.constexpr, STEP: tl.constexpr):
     """dz of a hidden layer from the gradient of its values, and their slope_at_values."""
-    if reads_before(STEP.activations[LAYER], BEFORE):
+    ACTIVATION: tl.constexpr = STEP.activations[LAYER]
+    if reads_before(ACTIVATION, BEFORE):
         return dh * tl.load(slopes[LAYER] + offs, mask=mask, other=0.0)
     else:
-        return times_slope(dh, s, STEP.activations[LAYER])
+        return times_slope(dh, s, ACTIVATION)
 
 
 @triton.jit
@@ -255,7 +261,7 @@ def backward_output(
         h_ptrs = hidden[LAYER - 1] + offs_h
         h = tl.load(h_ptrs, mask=mask, other=0.0)
         dw = tl.dot(tl.trans(dy), h, dw, input_precision=TILES.precision, out_dtype=dtype)
-        s = slope_at_values(h, STEP.activations[LAYER - 1])
+        s = slope_at_values(h, LAYER - 1, STEP)
         da = tl.dot(dy, w, input_precision=TILES.precision, out_dtype=dtype)
         dz = hidden_gradient(da, s, slopes, offs_h, mask, LAYER - 1, STEP)
         db += tl.sum(dz, axis=0)
@@ -297,7 +303,7 @@ def backward_hidden(
             da = tl.dot(dz, w, da, input_precision=TILES.precision, out_dtype=dtype)
         offs_h, mask = offs_b[:, None] * K + offs_k[None, :], mask_b[:, None] & mask_k[None, :]
         h = tl.load(hidden[LAYER - 1] + offs_h, mask=mask, other=0.0)
-        s = slope_at_values(h, STEP.activations[LAYER - 1])
+        s = slope_at_values(h, LAYER - 1, STEP)
         dz = hidden_gradient(da, s, slopes, offs_h, mask, LAYER - 1, STEP)
         db += tl.sum(dz, axis=0)
         tl.store(to_ptr + offs_h, dz, mask=mask)

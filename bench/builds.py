@@ -169,7 +169,9 @@ def cross_entropy_calls(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
 NETS = [(64, 128, 10), (64, 64, 10), (32, 64, 10), (128, 128, 10), (64, 256, 10), (256, 64, 10), (784, 128, 10)]
 """Sizes of the nets with a hidden layer that one program must train within the budgets."""
 
-OTHER_DEPTHS = [(64, 10), (64, 128, 64, 10), (4, 64, 64, 2), (784, 512, 512, 10), (64, 128, 64, 32, 10), (32,) * 8 + (10,)]
+OTHER_DEPTHS = [
+    (64, 10), (64, 128, 64, 10), (4, 64, 64, 2), (784, 512, 512, 10), (64, 128, 64, 32, 10), (*[32] * 8, 10),
+]  # fmt: skip
 """And of those without, or with more."""
 
 NUMBERS = {"leaky_relu": (0.01,), "elu": (1.0,), "softplus": (1.0, 20.0)}
@@ -218,7 +220,8 @@ def training_calls(dtype: torch.dtype) -> Iterator[tuple[str, int, Any]]:
     if dtype == torch.float64:
         cases = cases[:4] + deep[:6]
     else:
-        cases += [(NETS[0], 32, NESTEROV), (NETS[0], 32, ADAMW), (NETS[0], 8, DEFAULT), ((100, 96, 100), 32, EVERYTHING)]
+        cases += [(NETS[0], 32, NESTEROV), (NETS[0], 32, ADAMW), (NETS[0], 8, DEFAULT)]
+        cases += [((100, 96, 100), 32, EVERYTHING)]
         cases += deep + [(NETS[0], 32, kind) for kind in ACTIVATED]
     for sizes, batch, kind in cases:
         label = f"{DTYPE_NAMES[dtype]} {'-'.join(map(str, sizes))} batch {batch} {kind.name}"

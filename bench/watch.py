@@ -46,8 +46,16 @@ def all_kernels() -> list[Any]:
     """Each @triton.jit function of ours, device functions too, always in the same order."""
     from triton.runtime.jit import JITFunction
 
-    from fusednn.kernels import activations, cross_entropy, cross_entropy_kernels, linear, losses
-    from fusednn.kernels import mlp_training, numerics, updates
+    from fusednn.kernels import (
+        activations,
+        cross_entropy,
+        cross_entropy_kernels,
+        linear,
+        losses,
+        mlp_training,
+        numerics,
+        updates,
+    )
 
     modules = (numerics, updates, activations, cross_entropy_kernels, losses, cross_entropy, linear, mlp_training)
     named = [value for module in modules for _, value in sorted(vars(module).items())]

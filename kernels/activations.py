@@ -6,8 +6,9 @@ as its scalar one). A tile has any shape, float32 or float64. Errors are held ag
 triton.language has no expm1 and no log1p, and on a GPU its float32 exp loses a digit at large arguments. So they are
 made here of products and sums, alike in the interpreter and compiled:
 
-    exp z = 2ⁿ (1 + expm1 r), z = n log 2 + r, |r| <= log 2 / 2, by a Taylor polynomial (Cody and Waite, Software Manual
-    for the Elementary Functions, 1980);  log1p x = 2 atanh(x / (2 + x)) by its series (Muller, Elementary Functions, 2016)
+    exp z = 2ⁿ (1 + expm1 r), z = n log 2 + r, |r| <= log 2 / 2: a Taylor polynomial (Cody and Waite, Software Manual
+    for the Elementary Functions, 1980)
+    log1p x = 2 atanh(x / (2 + x)): its series (Muller, Elementary Functions, 2016)
 """
 
 import math
@@ -34,62 +35,65 @@ CUBE: tl.constexpr = tl.constexpr(0.044715)
 def value(z, ACTIVATION: tl.constexpr):
     """The activation of the tile z."""
     if ACTIVATION.name == "relu":
-        return relu(z)
+        h = relu(z)
     elif ACTIVATION.name == "leaky_relu":
-        return leaky_relu(z, ACTIVATION.numbers[0])
+        h = leaky_relu(z, ACTIVATION.numbers[0])
     elif ACTIVATION.name == "elu":
-        return elu(z, ACTIVATION.numbers[0])
+        h = elu(z, ACTIVATION.numbers[0])
     elif ACTIVATION.name == "gelu":
-        return gelu(z)
+        h = gelu(z)
     elif ACTIVATION.name == "gelu_tanh":
-        return gelu_tanh(z)
+        h = gelu_tanh(z)
     elif ACTIVATION.name == "silu":
-        return silu(z)
+        h = silu(z)
     elif ACTIVATION.name == "tanh":
-        return tanh(z)
+        h = tanh(z)
     elif ACTIVATION.name == "sigmoid":
-        return sigmoid(z)
+        h = sigmoid(z)
     elif ACTIVATION.name == "softplus":
-        return softplus(z, ACTIVATION.numbers[0], ACTIVATION.numbers[1])
+        h = softplus(z, ACTIVATION.numbers[0], ACTIVATION.numbers[1])
     else:
         tl.static_assert(ACTIVATION.name == "identity", "this activation has no device function")
-        return z
+        h = z
+    return h
 
 
 @triton.jit
 def slope(a, ACTIVATION: tl.constexpr):
-    """The slope at a, the value or the number before, as `reads_before` says; of relu where it is 0, of identity no use."""
+    """The slope at a, the value or the number before, as `reads_before` says; of relu where it is 0; of identity a."""
     if ACTIVATION.name == "relu":
-        return a <= 0
+        s = a <= 0
     elif ACTIVATION.name == "leaky_relu":
-        return leaky_relu_slope(a, ACTIVATION.numbers[0])
+        s = leaky_relu_slope(a, ACTIVATION.numbers[0])
     elif ACTIVATION.name == "elu":
-        return elu_slope(a, ACTIVATION.numbers[0])
+        s = elu_slope(a, ACTIVATION.numbers[0])
     elif ACTIVATION.name == "gelu":
-        return gelu_slope(a)
+        s = gelu_slope(a)
     elif ACTIVATION.name == "gelu_tanh":
-        return gelu_tanh_slope(a)
+        s = gelu_tanh_slope(a)
     elif ACTIVATION.name == "silu":
-        return silu_slope(a)
+        s = silu_slope(a)
     elif ACTIVATION.name == "tanh":
-        return tanh_slope(a)
+        s = tanh_slope(a)
     elif ACTIVATION.name == "sigmoid":
-        return sigmoid_slope(a)
+        s = sigmoid_slope(a)
     elif ACTIVATION.name == "softplus":
-        return softplus_slope(a, ACTIVATION.numbers[0], ACTIVATION.numbers[1])
+        s = softplus_slope(a, ACTIVATION.numbers[0], ACTIVATION.numbers[1])
     else:
-        return a
+        s = a
+    return s
 
 
 @triton.jit
 def times_slope(dh, s, ACTIVATION: tl.constexpr):
     """dh times what `slope` returned; of relu 0 where the slope is, whatever dh is."""
     if ACTIVATION.name == "identity":
-        return dh
+        dz = dh
     elif ACTIVATION.name == "relu":
-        return tl.where(s, 0.0, dh)
+        dz = tl.where(s, 0.0, dh)
     else:
-        return dh * s
+        dz = dh * s
+    return dz
 
 
 @triton.constexpr_function
@@ -169,7 +173,7 @@ def silu_slope(z):
 
 @triton.jit
 def tanh(z):
-    """1 - 2 e / (1 + e) with e = exp(-2 |z|), and the sign of z; below 1/2 by its Taylor polynomial, so that 0 is exact."""
+    """1 - 2 e / (1 + e) with e = exp(-2 |z|), and the sign of z; near 0, where that cancels, a Taylor polynomial."""
     terms: tl.constexpr = 18 if z.dtype == tl.float64 else 9
     e = exp(-2.0 * tl.abs(z))
     large = 1.0 - 2.0 * e / (1.0 + e)
@@ -260,14 +264,15 @@ def reduced_expm1(z):
 def power_of_two(n):
     """2ⁿ of whole numbers n for which it is normal, put together out of its bits."""
     if n.dtype == tl.float64:
-        return ((n.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+        power = ((n.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
     else:
-        return ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+        power = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    return power
 
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for 0 <= x <= 1: log 2 + log1p((x - 1) / 2) above √2 - 1; with d = 2 x / (2 + x), d (1 + (d/2)²/3 + ...)."""
+    """log(1 + x) for 0 <= x <= 1: d (1 + (d/2)²/3 + ...) with d = 2 x / (2 + x); above √2 - 1 that of (1 + x) / 2."""
     terms: tl.constexpr = 10 if x.dtype == tl.float64 else 5
     is_large = x > 0.41421356
     x = tl.where(is_large, 0.5 * (x - 1.0), x)

@@ -23,10 +23,8 @@ def loss_of(
     `data` has targets, class_weight and stride_t. What is behind the last row or output is 0 in the losses and weights,
     False in the rest, and anything in dy. dy is of the sum of the losses, without the mean's division.
     """
-    if LOSS.name == "cross_entropy":
-        return cross_entropy(y, data, rows, mask_b, offs_o, ignore_index, smoothing, OUTPUTS, LOSS)
-    else:
-        tl.static_assert(False, "this loss has no device function")
+    tl.static_assert(LOSS.name == "cross_entropy", "this loss has no device function")
+    return cross_entropy(y, data, rows, mask_b, offs_o, ignore_index, smoothing, OUTPUTS, LOSS)
 
 
 @triton.jit
@@ -56,5 +54,6 @@ def cross_entropy(
     _, exps, total_exp, loss = softmax_losses(y, a, mass, label, kept, share, offs_o, mask, MASSES, LOSS.smoothed)
     p = exps / total_exp[:, None]
     dy = finish_gradient(p, a, mass, label, kept, share, offs_o, 1.0, valid, in_range, MASSES)
-    largest = tl.argmax(tl.where(y == y, y, float("inf")), axis=1)  # the first of several; NaN is the largest
+    is_nan = (y != y).to(tl.int32)
+    largest = tl.where(tl.max(is_nan, axis=1) > 0, tl.argmax(is_nan, axis=1), tl.argmax(y, axis=1))  # NaN, or the first
     return finish_losses(loss, valid, in_range), weight, dy, valid, valid & (largest == label)

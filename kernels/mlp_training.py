@@ -36,6 +36,7 @@ from .losses import loss_of
 from .step import ACTIVATIONS, Step
 from .updates import ROW, update
 
+
 class Tiles(NamedTuple):
     """The most rows of the batch, hidden units and inputs of a layer in a tile, and all outputs; whether a batch is one
     tile; the precision of products."""
@@ -86,9 +87,10 @@ def load_inputs(data, hidden, rows, offs_b, mask_b, offs_k, LAYER: tl.constexpr,
     mask = mask_b[:, None] & (offs_k < K)[None, :]
     if LAYER == 0:
         x_ptrs = data.x + (rows * data.stride_xm)[:, None] + (offs_k.to(tl.int64) * data.stride_xi)[None, :]
-        return tl.load(x_ptrs, mask=mask, other=0.0)
+        a = tl.load(x_ptrs, mask=mask, other=0.0)
     else:
-        return tl.load(hidden[LAYER - 1] + offs_b[:, None] * K + offs_k[None, :], mask=mask, other=0.0)
+        a = tl.load(hidden[LAYER - 1] + offs_b[:, None] * K + offs_k[None, :], mask=mask, other=0.0)
+    return a
 
 
 @triton.jit
@@ -126,6 +128,8 @@ def hidden_tile(
     offs_n = n + tl.arange(0, BLOCK_N)
     z = linear_tile(data, weights, hidden, rows, offs_b, mask_b, offs_n, BLOCK_N, LAYER, STEP, TILES)
     h = value(z, ACTIVATION)
+    if N % BLOCK_N != 0:  # an infinite input times a weight that is not there is NaN, and so would be all outputs
+        h = tl.where((offs_n < N)[None, :], h, 0.0)
     offs, mask = offs_b[:, None] * N + offs_n[None, :], mask_b[:, None] & (offs_n < N)[None, :]
     tl.store(hidden[LAYER] + offs, h, mask=mask)
     if reads_before(ACTIVATION, BEFORE):
@@ -163,7 +167,7 @@ def forward_tile(
     data, weights, hidden, slopes, gradients, rows, offs_b, mask_b, ignore_index, smoothing,
     STEP: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Forward of a tile of the batch. Leaves dz of the outputs, which is not yet divided for the mean; returns its sums.
+    """Forward of a tile of the batch. Leaves dz of the outputs, not yet divided for the mean; returns sums.
 
     They are of the losses, of the rows' weights, of dz, of the rows that count and of those that are right.
     """
@@ -206,21 +210,19 @@ def step_on(parameters, PARAMETER: tl.constexpr, offs, mask, g, row_ptr, STEP: t
 def dz_place(hidden, gradients, LAYER: tl.constexpr, LAYERS: tl.constexpr):
     """Where dz of a layer is in backward."""
     if LAYER == LAYERS - 1:
-        return gradients[0]
+        dz_ptr = gradients[0]
     elif LAYER == LAYERS - 2:
-        return hidden[LAYER]
+        dz_ptr = hidden[LAYER]
     else:
-        return gradients[1 + LAYER % 2]
+        dz_ptr = gradients[1 + LAYER % 2]
+    return dz_ptr
 
 
 @triton.jit
 def slope_at_values(h, LAYER: tl.constexpr, STEP: tl.constexpr):
     """The slope where it is read off the values h. Asked for before a product, or Triton moves it there, and not h."""
     ACTIVATION: tl.constexpr = STEP.activations[LAYER]
-    if reads_before(ACTIVATION, BEFORE):
-        return h  # of no use: it is kept
-    else:
-        return slope(h, ACTIVATION)
+    return h if reads_before(ACTIVATION, BEFORE) else slope(h, ACTIVATION)  # h: of no use, the slope is kept
 
 
 @triton.jit
@@ -228,9 +230,12 @@ def hidden_gradient(dh, s, slopes, offs, mask, LAYER: tl.constexpr, STEP: tl.con
     """dz of a hidden layer from the gradient of its values, and their slope_at_values."""
     ACTIVATION: tl.constexpr = STEP.activations[LAYER]
     if reads_before(ACTIVATION, BEFORE):
-        return dh * tl.load(slopes[LAYER] + offs, mask=mask, other=0.0)
+        dz = dh * tl.load(slopes[LAYER] + offs, mask=mask, other=0.0)
     else:
-        return times_slope(dh, s, ACTIVATION)
+        dz = times_slope(dh, s, ACTIVATION)
+    if ACTIVATION.name != "relu":  # of which it is 0 there; an infinite weight times a row that is not there is NaN
+        dz = tl.where(mask, dz, 0.0)
+    return dz
 
 
 @triton.jit
@@ -274,8 +279,9 @@ def backward_output(
 
 @triton.jit
 def backward_hidden(
-    parameters, hidden, slopes, gradients, row_ptr, k, size, LAYER: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr
-):
+    parameters, hidden, slopes, gradients, row_ptr, k, size,
+    LAYER: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
     """dz of the units from `k` on of the layer before a hidden layer, which it leaves in its place; step on their b."""
     K: tl.constexpr = STEP.sizes[LAYER]
     N: tl.constexpr = STEP.sizes[LAYER + 1]
@@ -365,16 +371,15 @@ def backward(
             backward_output(parameters, hidden, slopes, gradients, row_ptr, k, size, scale, LAYERS - 1, STEP, TILES)
             if LAYERS == 2:
                 backward_input(data, parameters, hidden, gradients, order_ptr, row_ptr, k, size, scale, STEP, TILES)
-    for i in tl.static_range(LAYERS - 2):
-        if i > 1:
-            tl.debug_barrier()  # dz of two layers behind was read, whose place the next one takes
-        for k in tl.range(0, STEP.sizes[LAYERS - 2 - i], fitted(TILES.hidden, STEP.sizes[LAYERS - 2 - i]), num_stages=1):
-            backward_hidden(parameters, hidden, slopes, gradients, row_ptr, k, size, LAYERS - 2 - i, STEP, TILES)
-            for n in range(0, STEP.sizes[LAYERS - 1 - i], fitted(TILES.hidden, STEP.sizes[LAYERS - 1 - i])):
+    for layer in tl.static_range(LAYERS - 2, 0, -1):
+        if layer < LAYERS - 3:
+            tl.debug_barrier()  # dz of the layer behind was read, in whose place comes that of the layer before
+        for k in tl.range(0, STEP.sizes[layer], fitted(TILES.hidden, STEP.sizes[layer]), num_stages=1):
+            backward_hidden(parameters, hidden, slopes, gradients, row_ptr, k, size, layer, STEP, TILES)
+            for n in range(0, STEP.sizes[layer + 1], fitted(TILES.hidden, STEP.sizes[layer + 1])):
                 backward_weights(
-                    data, parameters, hidden, gradients, order_ptr, row_ptr, n, k, size, scale,
-                    LAYERS - 2 - i, STEP, TILES,
-                )  # fmt: skip
+                    data, parameters, hidden, gradients, order_ptr, row_ptr, n, k, size, scale, layer, STEP, TILES
+                )
     if LAYERS == 1:
         backward_input(data, parameters, hidden, gradients, order_ptr, row_ptr, 0, size, scale, STEP, TILES)
     elif LAYERS > 2:
@@ -433,8 +438,8 @@ def mlp_training_kernel(
 
 CONFIGS = {
     # Of each architecture and precision, rows (most layers, most rows of a batch, most inputs, configuration), the
-    # first that holds: (block_b, block_h, block_i, num_warps, num_stages) with the largest tiles of the batch, of hidden
-    # units and of a layer's inputs.
+    # first that holds: (block_b, block_h, block_i, num_warps, num_stages) with the largest tiles of the batch, hidden
+    # units and inputs of a layer.
     # Unmeasured but for sm_90: chosen for the fewest instructions a step that spill at most 32 bytes.
     # On an H100 (bench/results), us a step of the row and of the best of the sweep: 64-128-10 at batch 32, TF32 12.3,
     # and 12.2, exact 24.9; at 256, TF32 90 and 79, in tiles that spill where the hidden units are 64; 784-128-10 at
@@ -448,7 +453,8 @@ CONFIGS = {
     ("sm_80", "tf32"): ((2, 32, None, (32, 64, 64, 8, 1)), (None, None, None, (64, 64, 64, 8, 1))),
     ("sm_90", "ieee"): ((2, None, None, (32, 64, 64, 8, 1)), (None, None, None, (32, 32, 64, 8, 1))),
     ("sm_100", "ieee"): (
-        (2, None, None, (32, 64, 64, 8, 1)), (4, None, None, (32, 32, 64, 8, 1)), (None, None, None, (32, 16, 64, 8, 1)),
+        (2, None, None, (32, 64, 64, 8, 1)), (4, None, None, (32, 32, 64, 8, 1)),
+        (None, None, None, (32, 16, 64, 8, 1)),
     ),
     ("sm_80", "ieee"): ((2, None, None, (32, 64, 64, 8, 1)), (None, None, None, (32, 32, 64, 8, 1))),
     ("other", "ieee"): ((None, None, None, (32, 64, 64, 4, 1)),),
@@ -482,7 +488,9 @@ def tiles(config: tuple[int, ...], step: Step, batch: int, precision: str) -> Ti
     """The tiles of a configuration, no larger than the net and the batch."""
     block_o = block(step.sizes[-1])
     hidden, inputs = max(step.sizes[1:-1], default=1), max(step.sizes[: max(1, step.layers - 1)])
-    block_b, block_h, block_i = (fitted(most, size) for most, size in zip(config, (batch, hidden, inputs)))
+    block_b, block_h, block_i = (
+        fitted(most, size) for most, size in zip(config, (batch, hidden, inputs), strict=False)
+    )
     block_h = min(block_h, max(16, MOST_WEIGHTS // block_o))
     return Tiles(block_b, block_h, block_i, block_o, batch <= block_b, precision)
 
@@ -496,9 +504,7 @@ def architecture_of(x: torch.Tensor) -> str:
 
 
 @lru_cache(maxsize=4096)
-def plan_training(
-    step: Step, batch: int, architecture: str, dtype: torch.dtype, precision: str
-) -> Launch:
+def plan_training(step: Step, batch: int, architecture: str, dtype: torch.dtype, precision: str) -> Launch:
     """The launch of mlp_training_kernel."""
     config = choose(step, batch, architecture, "fp64" if dtype == torch.float64 else precision)
     cut, (warps, stages) = tiles(config, step, batch, precision), config[3:]
@@ -524,7 +530,7 @@ def train_mlp(
     ignore_index: int,
     label_smoothing: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Make a step for each row of `table` [steps, 2 * layers, ROW]; returns the losses and the accuracies, [steps] each.
+    """Make a step for each row of `table` [steps, 2 * layers, ROW]; returns losses and accuracies, [steps] each.
 
     x [N, I] and targets [N], any strides; `order` has the rows of the steps one after the other, int64, and the first
     step lies `position` rows into its epoch of `epoch_rows`. `weights` are W [sizes[l + 1], sizes[l]] and b

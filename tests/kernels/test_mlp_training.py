@@ -1,6 +1,6 @@
 """The training kernel against autograd in float64, also in tiles so small that every loop runs several times."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -81,9 +81,7 @@ class Net:
         return train_mlp(self.step if step is None else step, *given, **defaults | arguments)
 
 
-def rows_of(
-    *values: dict[int, float], device: str, dtype: torch.dtype = torch.float64, step: Step = PLAIN
-) -> Tensor:
+def rows_of(*values: dict[int, float], device: str, dtype: torch.dtype = torch.float64, step: Step = PLAIN) -> Tensor:
     """A table of a step each: the numbers at their places, the same for all parameters."""
     table = torch.zeros(len(values), 2 * step.layers, ROW, dtype=dtype)
     for made, row in enumerate(values):

@@ -141,7 +141,8 @@ def faults(names: list[str], arguments: tuple[Any, ...]) -> Iterator[tuple[str, 
             for j, stride in enumerate(value):
                 if isinstance(stride, int) and stride:
                     faulty = (*value[:j], stride + 1, *value[j + 1 :])
-                    yield f"{name}[{j}]", (*before, type(value)(*faulty) if hasattr(value, "_fields") else faulty, *after)
+                    faulty = type(value)(*faulty) if hasattr(value, "_fields") else faulty
+                    yield f"{name}[{j}]", (*before, faulty, *after)
 
 
 def gapped(tensor: Tensor) -> Tensor:
@@ -210,7 +211,7 @@ def call_cross_entropy() -> None:
 
 
 def call_training() -> None:
-    """The launchers of kernels/mlp_training.py and kernels/updates.py: two ragged epochs, each layout, some labels none.
+    """The launchers of kernels/mlp_training.py and updates.py: two ragged epochs, each layout, some labels none.
 
     Nets of one to five layers. Without biases W1 stands in for them, and for class weights.
     """
@@ -248,7 +249,7 @@ def main() -> None:
     from triton_viz.core.patch import _loop_patcher
     from triton_viz.frontends.base import OPERATION_REGISTRY
 
-    vars(activations)["_triton_viz_loop_patcher"] = _loop_patcher  # it is put where the kernel is, and loops are here too
+    vars(activations)["_triton_viz_loop_patcher"] = _loop_patcher  # it would be in kernels' files alone
     del OPERATION_REGISTRY["triton"].namespaces[tl]["trans"]  # it would be called without the interpreter's _semantic
 
     outside: list[tuple[str, str]] = []

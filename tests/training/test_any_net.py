@@ -276,7 +276,7 @@ def test_infinite_numbers_go_where_the_loop_sends_them(name: str, depth: int, de
     """In the inputs, and in a weight; the units of a layer fill no tile, and the last batch is ragged."""
     x, targets = data(device, 18, 5, 3)
     x[3, 2], x[9, 1] = float("inf"), -float("inf")
-    model: Any = chain(device, [5, 3, 4][:depth] + [3], [name] * (depth - 1) + ["identity"], [True] * depth)
+    model: Any = chain(device, [*[5, 3, 4][:depth], 3], [name] * (depth - 1) + ["identity"], [True] * depth)
     with torch.no_grad():
         model[0].weight.clamp_(min=0.1)
         model[0].weight[1] = -0.2

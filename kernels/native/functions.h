@@ -122,7 +122,7 @@ INLINE V log1p(V x) {
     constexpr T high = Lanes<V>::IS_FLOAT ? T(0.693359375) : T(0.693145751953125);
     constexpr T low = Lanes<V>::IS_FLOAT ? T(-2.12194440054690583e-4) : T(1.42860682030941723e-6);
     const V u = 1 + x;
-    const V lost = (x > 1 ? 1 - (u - x) : x - (u - 1)) / u;
+    const V lost = (x - (u - 1)) / u;
     const Bits<V> k = (bits_of(u) - bits_of(V{} + T(0.70710678118654752))) >> Lanes<V>::FRACTION;
     const V f = number_of<V>(bits_of(u) - (k << Lanes<V>::FRACTION)) - 1;
     const V n = number_of<V>(bits_of(V{} + ROUNDER<T>) + k) - ROUNDER<T>;

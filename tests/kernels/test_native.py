@@ -252,7 +252,7 @@ def test_no_rows_that_count(machine: str) -> None:
     "flags", [(False, False, False), (True, False, True), (False, True, True), (True, True, False)]
 )
 @pytest.mark.parametrize("name", names.RULES)
-@pytest.mark.parametrize("sizes", [(37, 40, 10), (300, 7, 10)])
+@pytest.mark.parametrize("sizes", [(37, 40, 10), (300, 40, 10), (1100, 7, 10)])
 def test_rules(machine: str, sizes: tuple[int, ...], name: str, flags: tuple[bool, bool, bool]) -> None:
     """From a state that is not zero, with other numbers for each parameter."""
     net = Net(sizes, ["tanh", "identity"], rule=Rule(name, *flags))
@@ -290,10 +290,11 @@ def test_a_decay_of_zero_leaves_infinity_alone(machine: str) -> None:
 
 
 @each_machine
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_steps_follow_the_order_and_the_table(machine: str, dtype: torch.dtype) -> None:
+def test_steps_follow_the_order_and_the_table(machine: str, dtype: torch.dtype, bias: bool) -> None:
     """Four steps from 33 rows into an epoch of 50: 17 rows, then the next epoch's 33 and 17, and the next one's 33."""
-    net, expected = (Net((37, 40, 21, 10), ["gelu", "tanh", "identity"], dtype=dtype) for _ in range(2))
+    net, expected = (Net((37, 40, 21, 10), ["gelu", "tanh", "identity"], bias, dtype=dtype) for _ in range(2))
     net.order = torch.cat([net.order[33:], net.order.flip(0), net.order])
     rates = (0.5, 0.25, 0.125, 0.0625)
     losses, accuracies = net.train(machine, net.table(*[{names.STEP_SIZE: rate} for rate in rates]), position=33)
@@ -301,12 +302,13 @@ def test_steps_follow_the_order_and_the_table(machine: str, dtype: torch.dtype) 
     for step, rows in enumerate(net.order[:100].split([17, 33, 17, 33])):
         right = expected.forward(rows, expected.w).argmax(1) == expected.targets[rows]
         loss, grads = expected.gradients(rows)
-        expected.w = [p - rates[step] * grad for p, grad in zip(expected.there(), grads, strict=True)]
+        for p, grad in zip(expected.there(), grads, strict=True):
+            p -= rates[step] * grad
         assert_near(losses[step], loss, dtype)
         assert_near(accuracies[step], right.double().mean(), dtype)
     for new, wanted in zip(net.there(), expected.there(), strict=True):
         assert_near(new, wanted, dtype)
-    assert [count.item() for count in net.counts] == [4] * 6
+    assert [count.item() for count, p in zip(net.counts, net.w, strict=True) if p is not None] == [4] * len(net.there())
 
 
 @each_machine
@@ -469,8 +471,11 @@ def test_softplus_overflows_as_in_pytorch(machine: str) -> None:
         b[2] = bias
         loss = F.cross_entropy(F.softplus(F.linear(net.x[rows], w, b), *numbers), net.targets[rows])
         assert loss.isnan() == is_nan
-        losses, _ = net.train(machine, net.table({names.STEP_SIZE: 1.0}))
+        losses, _ = net.train(machine, net.table({names.STEP_SIZE: 0.0}))
         torch.testing.assert_close(losses[0], loss, equal_nan=True)
+    b[1], b[2] = 95.0, math.nan  # which is larger than infinity
+    _, accuracies = net.train(machine, net.table({names.STEP_SIZE: 0.0}), batch=50)
+    assert accuracies[0] == (net.targets == 2).float().mean()
 
 
 @each_machine
@@ -538,8 +543,8 @@ def test_a_label_out_of_range_raises_before_the_first_step(machine: str, label: 
 
 @each_machine
 def test_no_memory(machine: str) -> None:
-    """For buffers of more bytes than there are numbers."""
-    net = Net((37, 40, 10), ["relu", "identity"])
+    """For buffers of more bytes than there are numbers, also where what is left of that is few."""
+    net = Net((64, 64, 64), ["relu", "identity"])
     with pytest.raises(MemoryError):
         net.train(machine, net.table(), batch=2**62)
     assert [count.item() for count in net.counts] == [0] * 4

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .step import ACTIVATIONS
 
-BEFORE: tl.constexpr = tl.constexpr(tuple(name for name, read in ACTIVATIONS.items() if read == "before"))
+BEFORE: tl.constexpr = tl.constexpr(tuple(name for name, kind in ACTIVATIONS.items() if kind.before))
 """The activations whose slope is read off the number before."""
 
 LOG2_E: tl.constexpr = tl.constexpr(1.0 / math.log(2.0))

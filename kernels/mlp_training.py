@@ -543,7 +543,7 @@ def train_mlp(
     planned = plan_training(step, batch, architecture_of(x), x.dtype, precision_of(x))
     losses, accuracies = x.new_empty(steps), x.new_empty(steps if step.accuracy else 0)
     hidden = tuple(x.new_empty(batch, size) for size in step.sizes[1:-1])
-    before = (ACTIVATIONS[activation.name] == "before" for activation in step.activations)
+    before = (ACTIVATIONS[activation.name].before for activation in step.activations)
     slopes = tuple(torch.empty_like(h) if kept else h for h, kept in zip(hidden, before, strict=False))
     widest = max(step.sizes[1:-2], default=0)  # of the layers whose dz comes in no place of values
     turns = tuple(x.new_empty(batch, widest) for _ in range(min(2, step.layers - 2)))

@@ -12,19 +12,28 @@ from typing import NamedTuple
 MOST_LAYERS = 8
 """Linear layers of a net."""
 
+class Kind(NamedTuple):
+    """How many numbers an activation takes, and whether its slope is read off the number before, as in PyTorch.
+
+    Otherwise it is read off the value.
+    """
+
+    numbers: int
+    before: bool
+
+
 ACTIVATIONS = {
-    "identity": "value",
-    "relu": "value",
-    "leaky_relu": "before",
-    "elu": "before",
-    "gelu": "before",
-    "gelu_tanh": "before",
-    "silu": "before",
-    "tanh": "value",
-    "sigmoid": "value",
-    "softplus": "before",
+    "identity": Kind(0, before=False),
+    "relu": Kind(0, before=False),
+    "leaky_relu": Kind(1, before=True),
+    "elu": Kind(1, before=True),
+    "gelu": Kind(0, before=True),
+    "gelu_tanh": Kind(0, before=True),
+    "silu": Kind(0, before=True),
+    "tanh": Kind(0, before=False),
+    "sigmoid": Kind(0, before=False),
+    "softplus": Kind(2, before=True),
 }
-"""What the slope of an activation is read off: its value, or the number before it. As in PyTorch."""
 
 LOSSES = ("cross_entropy",)
 

@@ -3,15 +3,14 @@
 
 #pragma once
 
+#include <iterator>
+#include <utility>
+
 #include "functions.h"
 #include "step.h"
 
 namespace fusednn {
 namespace {
-
-constexpr bool slope_is_of_value(ActivationName name) {
-    return name == IDENTITY || name == RELU || name == TANH || name == SIGMOID;
-}
 
 // The activation of this name, with its numbers: LeakyReLU's slope, ELU's alpha, softplus' beta and threshold.
 template <ActivationName NAME, class V>
@@ -21,8 +20,8 @@ struct Activated {
 
     // h of z.
     INLINE V value(V z) const {
-            if constexpr (NAME == RELU) return z <= 0 ? V{} : z;  // NaN passes
-        else if constexpr (NAME == LEAKY_RELU) return z > 0 ? z : z * first;
+        if constexpr (NAME == RELU) return z <= 0 ? V{} : z;  // NaN passes
+        if constexpr (NAME == LEAKY_RELU) return z > 0 ? z : z * first;
         if constexpr (NAME == ELU) return z > 0 ? z : first * expm1(z);
         if constexpr (NAME == GELU) return z * Normal<V>(z).below;
         if constexpr (NAME == GELU_TANH) return T(0.5) * z * (1 + gelu_tanh(z));
@@ -34,7 +33,7 @@ struct Activated {
 
     // dz of dh; k is h or z.
     INLINE V gradient(V dh, V k) const {
-            if constexpr (NAME == RELU) return k <= 0 ? V{} : dh;
+        if constexpr (NAME == RELU) return k <= 0 ? V{} : dh;
         if constexpr (NAME == LEAKY_RELU) return k > 0 ? dh : dh * first;
         if constexpr (NAME == ELU) return k <= 0 ? dh * first * exp(k) : dh;
         if constexpr (NAME == GELU) return dh * gelu_slope(k);
@@ -67,41 +66,37 @@ struct Activated {
 };
 
 // Call `use` with the Activated of this activation; for the identity there is nothing to do.
-template <class V, class Use>
-INLINE void with_activation(const Activation &activation, Use use) {
+template <class V, class Use, size_t... OTHERS>
+INLINE void with_activation(const Activation &activation, Use use, std::index_sequence<OTHERS...>) {
     typedef Number<V> T;
     const T first = T(activation.numbers[0]), second = T(activation.numbers[1]);
-    switch (activation.name) {
-        case IDENTITY: return;
-        case RELU: return use(Activated<RELU, V>{first, second});
-        case LEAKY_RELU: return use(Activated<LEAKY_RELU, V>{first, second});
-        case ELU: return use(Activated<ELU, V>{first, second});
-        case GELU: return use(Activated<GELU, V>{first, second});
-        case GELU_TANH: return use(Activated<GELU_TANH, V>{first, second});
-        case SILU: return use(Activated<SILU, V>{first, second});
-        case TANH: return use(Activated<TANH, V>{first, second});
-        case SIGMOID: return use(Activated<SIGMOID, V>{first, second});
-        case SOFTPLUS: return use(Activated<SOFTPLUS, V>{first, second});
-    }
+    const auto tried = [&](auto name) INLINED {
+        if (activation.name == name) use(Activated<decltype(name)::value, V>{first, second});
+        return activation.name == name;
+    };
+    (void)(tried(std::integral_constant<ActivationName, ActivationName(OTHERS + 1)>()) || ...);
 }
+constexpr std::make_index_sequence<std::size(ACTIVATIONS) - 1> OTHER_THAN_IDENTITY;
 
 // h = activation(z) of n numbers, and of those up to a whole vector.
 template <class T, int BYTES>
 INLINE void activate(const Activation &activation, T *h, const T *z, Int n) {
     typedef Vector<T, BYTES> V;
-    with_activation<V>(activation, [&](auto activated) INLINED {
+    const auto each_vector = [&](auto activated) INLINED {
         for (Int i = 0; i < n; i += LANES<T, BYTES>) store(h + i, activated.value(load<V>(z + i)));
-    });
+    };
+    with_activation<V>(activation, each_vector, OTHER_THAN_IDENTITY);
 }
 
 // Make dz of n numbers dh, and of those up to a whole vector; kept is h or z.
 template <class T, int BYTES>
 INLINE void deactivate(const Activation &activation, T *dh, const T *kept, Int n) {
     typedef Vector<T, BYTES> V;
-    with_activation<V>(activation, [&](auto activated) INLINED {
+    const auto each_vector = [&](auto activated) INLINED {
         for (Int i = 0; i < n; i += LANES<T, BYTES>)
             store(dh + i, activated.gradient(load<V>(dh + i), load<V>(kept + i)));
-    });
+    };
+    with_activation<V>(activation, each_vector, OTHER_THAN_IDENTITY);
 }
 
 }  // namespace

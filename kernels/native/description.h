@@ -51,13 +51,19 @@ bool read_attribute(PyObject *object, const char *name, What &to) {
     return found.get_attribute(object, name) && read(found, to);
 }
 
-// The place among `names` of the object's name.
-template <class Name, size_t COUNT>
-bool read_name(PyObject *object, const char *what, const char *const (&names)[COUNT], Name &to) {
+inline const char *name_of(const char *name) { return name; }
+template <class Entry>
+const char *name_of(const Entry &entry) {
+    return entry.name;
+}
+
+// The place in the table of the object's name.
+template <class Name, class Entry, size_t COUNT>
+bool read_name(PyObject *object, const char *what, const Entry (&table)[COUNT], Name &to) {
     Held name;
     if (!name.get_attribute(object, "name")) return false;
     for (size_t i = 0; i < COUNT; ++i)
-        if (PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, names[i]) == 0) {
+        if (PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, name_of(table[i])) == 0) {
             to = Name(i);
             return true;
         }
@@ -70,10 +76,10 @@ bool read_activation(PyObject *object, Activation &to) {
     Held numbers;
     if (!numbers.get_attribute(object, "numbers")) return false;
     const Py_ssize_t count = PySequence_Size(numbers);
-    const Py_ssize_t needed = to.name == SOFTPLUS ? 2 : to.name == LEAKY_RELU || to.name == ELU ? 1 : 0;
+    const Py_ssize_t needed = ACTIVATIONS[to.name].numbers;
     if (count < 0) return false;
     if (count != needed) {
-        PyErr_Format(PyExc_ValueError, "%s takes %zd numbers, and not %zd", ACTIVATIONS[to.name], needed, count);
+        PyErr_Format(PyExc_ValueError, "%s takes %zd numbers, and not %zd", ACTIVATIONS[to.name].name, needed, count);
         return false;
     }
     for (Py_ssize_t i = 0; i < count; ++i) {

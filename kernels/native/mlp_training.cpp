@@ -85,7 +85,7 @@ INLINE void forward(const Step<T> &step, Buffers<T, BYTES> &to, Int size) {
     for (Int l = 0; l < step.layers; ++l) {
         const Layer<T> &layer = step.layer[l];
         const Int numbers = layer.outputs * to.stride_b;
-        const bool is_last = l == step.layers - 1, keeps_h = slope_is_of_value(layer.activation.name);
+        const bool is_last = l == step.layers - 1, keeps_h = !ACTIVATIONS[layer.activation.name].before;
         T *kept = *to.kept[l], *h = is_last ? to.d[0].p : keeps_h ? kept : to.h.p;
         T *z = is_last && layer.activation.name == IDENTITY ? h : kept;
         linear<T, BYTES>(z, to.stride_b, a, layer.w.weight, layer.b.weight, layer.outputs, layer.inputs, size);

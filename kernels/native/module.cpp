@@ -181,11 +181,15 @@ bool set_names(PyObject *dict, const char *key, const char *const (&names)[COUNT
 
 // NAMES: those of step.h's tables, for the test that compares them with ../step.py's.
 int add_names(PyObject *module) {
-    const Held names(PyDict_New()), row(PyDict_New());
-    if (!names || !row) return -1;
+    const Held names(PyDict_New()), row(PyDict_New()), activations(PyDict_New());
+    if (!names || !row || !activations) return -1;
+    for (const auto &entry : ACTIVATIONS) {
+        const Held kind(Py_BuildValue("(iN)", entry.numbers, PyBool_FromLong(entry.before)));
+        if (!kind || PyDict_SetItemString(activations, entry.name, kind) < 0) return -1;
+    }
     for (const auto &entry : PLACES)
         if (!set_number(row, entry.name, entry.place)) return -1;
-    if (!set_names(names, "activations", ACTIVATIONS) || !set_names(names, "losses", LOSSES) ||
+    if (PyDict_SetItemString(names, "activations", activations) < 0 || !set_names(names, "losses", LOSSES) ||
         !set_names(names, "rules", RULES) || PyDict_SetItemString(names, "row", row) < 0)
         return -1;
     return PyModule_AddObjectRef(module, "NAMES", names);

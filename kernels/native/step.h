@@ -15,8 +15,13 @@ typedef int64_t Int;
 constexpr Int MOST_LAYERS = 8;
 
 enum ActivationName { IDENTITY, RELU, LEAKY_RELU, ELU, GELU, GELU_TANH, SILU, TANH, SIGMOID, SOFTPLUS };
-constexpr const char *ACTIVATIONS[] = {
-    "identity", "relu", "leaky_relu", "elu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "softplus",
+constexpr struct {
+    const char *name;
+    int numbers;  // so many it takes
+    bool before;  // whether its slope is read off the number before, and not off the value
+} ACTIVATIONS[] = {
+    {"identity", 0, false}, {"relu", 0, false}, {"leaky_relu", 1, true}, {"elu", 1, true}, {"gelu", 0, true},
+    {"gelu_tanh", 0, true}, {"silu", 0, true}, {"tanh", 0, false}, {"sigmoid", 0, false}, {"softplus", 2, true},
 };
 
 enum LossName { CROSS_ENTROPY };

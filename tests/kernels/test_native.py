@@ -583,9 +583,9 @@ def test_names_are_those_of_the_description() -> None:
     """In the same order."""
     places = [name for name, value in vars(names).items() if name.isupper() and isinstance(value, int)]
     row = {name: getattr(names, name) for name in places if name != "MOST_LAYERS"}
-    expected = {"activations": (*names.ACTIVATIONS,), "losses": names.LOSSES, "rules": names.RULES, "row": row}
+    expected = {"activations": names.ACTIVATIONS, "losses": names.LOSSES, "rules": names.RULES, "row": row}
     assert expected == native.NAMES
-    assert (*ACTIVATIONS,) == native.NAMES["activations"]
+    assert [*ACTIVATIONS] == [*native.NAMES["activations"]] == [*names.ACTIVATIONS]
 
 
 WRONG: dict[str, tuple[Callable[[Net], Any], str]] = {

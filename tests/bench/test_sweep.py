@@ -41,8 +41,8 @@ def test_what_is_tried_is_what_is_launched(setting: Setting, monkeypatch: pytest
 
 
 def test_each_row_of_the_table_has_a_case() -> None:
-    """Of an H100 in TF32."""
-    rows = [config for *_, config in mlp_training.CONFIGS["sm_90", "tf32"]]
+    """Of an H100 in TF32, but that of nets with more layers than any case."""
+    rows = [config for *_, config in mlp_training.CONFIGS["sm_90", "tf32"][:-1]]
     chosen = [mlp_training.choose(builds.DEFAULT.step(sizes), batch, "sm_90", "tf32") for sizes, batch in sweep.CASES]
     assert {*chosen} == {*rows}
     assert sweep.CASES[:2] == [(DIGITS, 32), (MNIST, 128)]

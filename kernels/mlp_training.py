@@ -49,13 +49,6 @@ class Tiles(NamedTuple):
     precision: str
 
 
-class Described(Step):
-    """A Step as a compile-time argument. Triton's key of a kernel on disk contains its str(), so that must say all."""
-
-    __slots__ = ()
-    __str__ = Step.__repr__
-
-
 class Data(NamedTuple):
     """x [N, I], targets [N], the rows of the steps one after the other, and class weights [O], any tensor without."""
 
@@ -513,7 +506,7 @@ def plan_training(step: Step, batch: int, architecture: str, dtype: torch.dtype,
     cut, (warps, stages) = tiles(config, step, batch, precision), config[3:]
     most_registers = None if architecture == "other" else min(MOST_REGISTERS, REGISTERS // (32 * warps))
     launched = LaunchConfig(cut.batch, cut.hidden, cut.inputs, warps, stages, most_registers)
-    return plan(1, launched, STEP=Described(*step), TILES=cut)
+    return plan(1, launched, STEP=step, TILES=cut)
 
 
 def train_mlp(

@@ -12,6 +12,7 @@ from typing import NamedTuple
 MOST_LAYERS = 8
 """Linear layers of a net."""
 
+
 class Kind(NamedTuple):
     """How many numbers an activation takes, and whether its slope is read off the number before, as in PyTorch.
 
@@ -75,7 +76,8 @@ class Step(NamedTuple):
     """A training step of a net whose layer l has sizes[l] inputs and sizes[l + 1] outputs.
 
     `biases` says which layers have one, and `activations` what is behind each, also behind the last. `accuracy` asks
-    for the share of the rows whose largest output is the target's.
+    for the share of the rows whose largest output is the target's. Its str() says all of it: Triton keeps a compiled
+    kernel by that.
     """
 
     sizes: tuple[int, ...]
@@ -89,6 +91,3 @@ class Step(NamedTuple):
     def layers(self) -> int:
         """How many Linear layers there are."""
         return len(self.biases)
-
-    def __str__(self) -> str:
-        return "-".join(map(str, self.sizes))

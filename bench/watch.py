@@ -52,12 +52,21 @@ def all_kernels() -> list[Any]:
         cross_entropy_kernels,
         linear,
         losses,
-        mlp_training,
+        mlp_training_kernels,
         numerics,
         updates,
     )
 
-    modules = (numerics, updates, activations, cross_entropy_kernels, losses, cross_entropy, linear, mlp_training)
+    modules = (
+        numerics,
+        updates,
+        activations,
+        cross_entropy_kernels,
+        losses,
+        cross_entropy,
+        linear,
+        mlp_training_kernels,
+    )
     named = [value for module in modules for _, value in sorted(vars(module).items())]
     return [value for value in named if isinstance(value, JITFunction)]
 

@@ -1,0 +1,422 @@
+"""The kernel of mlp_training.py: whole training steps of a net of Linear layers, by one program.
+
+    a = x;  for each layer: z = a Wᵀ + b,  a = activation(z)       loss of the last a
+    dz = da · slope;  dW = dzᵀ a,  db = Σ dz,  da = dz W           then the optimizer's step (updates.py) on each
+
+What a step is, is one value, a `Step` (step.py), and how it is cut another, `Tiles`: both are compile-time arguments.
+
+A step gathers its rows of x through the order of the epoch. Tiles of the batch, of the hidden units and of the inputs
+of a layer are what is held in registers; all outputs are one tile. Parameters and the state of the optimizer lie in
+global memory, from where a small net never leaves the L1 cache of the one SM and a larger one streams from L2: held in
+registers they spill, at 64-128-10 even where they fit. What a step hands from one part to the next lies beside them:
+
+    hidden      the values of each hidden layer; in place of the last one's comes its dz, tile by tile
+    slopes      those of an activation whose slope is read off the number before: made again where they are needed
+                they would cost more than they do in memory, since a product's operands stand in several warps
+    gradients   dz of the outputs, and two buffers that dz of the other layers takes in turns
+
+Nothing is added up in an order that could change, so the bits repeat.
+
+One program has several threads, and each barrier below stands between a store and a load of the same memory by others.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .activations import BEFORE, reads_before, slope, times_slope, value
+from .losses import loss_of
+from .updates import ROW, update
+
+
+class Tiles(NamedTuple):
+    """The most rows of the batch, hidden units and inputs of a layer in a tile, and all outputs; whether a batch is one
+    tile; the precision of products."""
+
+    batch: int
+    hidden: int
+    inputs: int
+    outputs: int
+    one_batch: bool
+    precision: str
+
+
+class Data(NamedTuple):
+    """x [N, I], targets [N], the rows of the steps one after the other, and class weights [O], any tensor without."""
+
+    x: Any
+    targets: Any
+    order: Any
+    class_weight: Any
+    stride_xm: int
+    stride_xi: int
+    stride_t: int
+
+
+@triton.constexpr_function
+def block(size):
+    """The tile that holds `size` rows or columns: tl.dot takes none with fewer than 16."""
+    return max(16, triton.next_power_of_2(size))
+
+
+@triton.constexpr_function
+def fitted(most, size):
+    """The tile of a layer with `size` units: no larger than `most`, or than there are."""
+    return min(most, block(size))
+
+
+@triton.jit
+def load_inputs(data, hidden, rows, offs_b, mask_b, offs_k, LAYER: tl.constexpr, STEP: tl.constexpr):
+    """Inputs `offs_k` of a layer: of the rows of x, or the values of the layer before."""
+    K: tl.constexpr = STEP.sizes[LAYER]
+    mask = mask_b[:, None] & (offs_k < K)[None, :]
+    if LAYER == 0:
+        x_ptrs = data.x + (rows * data.stride_xm)[:, None] + (offs_k.to(tl.int64) * data.stride_xi)[None, :]
+        a = tl.load(x_ptrs, mask=mask, other=0.0)
+    else:
+        a = tl.load(hidden[LAYER - 1] + offs_b[:, None] * K + offs_k[None, :], mask=mask, other=0.0)
+    return a
+
+
+@triton.jit
+def linear_tile(
+    data, weights, hidden, rows, offs_b, mask_b, offs_n,
+    BLOCK_N: tl.constexpr, LAYER: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """z = a Wᵀ + b of the units `offs_n` of a layer: [BLOCK_B, BLOCK_N]."""
+    K: tl.constexpr = STEP.sizes[LAYER]
+    N: tl.constexpr = STEP.sizes[LAYER + 1]
+    BLOCK_B: tl.constexpr = TILES.batch
+    BLOCK_K: tl.constexpr = fitted(TILES.inputs, K)
+    dtype: tl.constexpr = weights[0].dtype.element_ty
+    z = tl.zeros((BLOCK_B, BLOCK_N), dtype)
+    for k in range(0, K, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        a = load_inputs(data, hidden, rows, offs_b, mask_b, offs_k, LAYER, STEP)
+        w_ptrs = weights[2 * LAYER] + offs_n[None, :] * K + offs_k[:, None]
+        w = tl.load(w_ptrs, mask=(offs_n < N)[None, :] & (offs_k < K)[:, None], other=0.0)
+        z = tl.dot(a, w, z, input_precision=TILES.precision, out_dtype=dtype)
+    if STEP.biases[LAYER]:
+        z += tl.load(weights[2 * LAYER + 1] + offs_n, mask=offs_n < N, other=0.0)[None, :]
+    return z
+
+
+@triton.jit
+def hidden_tile(
+    data, weights, hidden, slopes, rows, offs_b, mask_b, n,
+    LAYER: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """The values of the units of a hidden layer from `n` on, which it leaves in `hidden`."""
+    N: tl.constexpr = STEP.sizes[LAYER + 1]
+    ACTIVATION: tl.constexpr = STEP.activations[LAYER]
+    BLOCK_N: tl.constexpr = fitted(TILES.hidden, N)
+    offs_n = n + tl.arange(0, BLOCK_N)
+    z = linear_tile(data, weights, hidden, rows, offs_b, mask_b, offs_n, BLOCK_N, LAYER, STEP, TILES)
+    h = value(z, ACTIVATION)
+    if N % BLOCK_N != 0:  # an infinite input times a weight that is not there is NaN, and so would be all outputs
+        h = tl.where((offs_n < N)[None, :], h, 0.0)
+    offs, mask = offs_b[:, None] * N + offs_n[None, :], mask_b[:, None] & (offs_n < N)[None, :]
+    tl.store(hidden[LAYER] + offs, h, mask=mask)
+    if reads_before(ACTIVATION, BEFORE):
+        tl.store(slopes[LAYER] + offs, slope(z, ACTIVATION), mask=mask)
+    return h
+
+
+@triton.jit
+def output_tile(
+    data, weights, hidden, slopes, rows, offs_b, mask_b, offs_o,
+    LAYER: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """z of the last of several layers, summed up while the tiles of the layer before are made."""
+    K: tl.constexpr = STEP.sizes[LAYER]
+    O: tl.constexpr = STEP.sizes[LAYER + 1]
+    BLOCK_B: tl.constexpr = TILES.batch
+    BLOCK_O: tl.constexpr = TILES.outputs
+    BLOCK_K: tl.constexpr = fitted(TILES.hidden, K)
+    dtype: tl.constexpr = weights[0].dtype.element_ty
+    mask_o = offs_o < O
+    z = tl.zeros((BLOCK_B, BLOCK_O), dtype)
+    for k in range(0, K, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        h = hidden_tile(data, weights, hidden, slopes, rows, offs_b, mask_b, k, LAYER - 1, STEP, TILES)
+        w_ptrs = weights[2 * LAYER] + offs_o[None, :] * K + offs_k[:, None]
+        w = tl.load(w_ptrs, mask=mask_o[None, :] & (offs_k < K)[:, None], other=0.0)
+        z = tl.dot(h, w, z, input_precision=TILES.precision, out_dtype=dtype)
+    if STEP.biases[LAYER]:
+        z += tl.load(weights[2 * LAYER + 1] + offs_o, mask=mask_o, other=0.0)[None, :]
+    return z
+
+
+@triton.jit
+def forward_tile(
+    data, weights, hidden, slopes, gradients, rows, offs_b, mask_b, ignore_index, smoothing,
+    STEP: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Forward of a tile of the batch. Leaves dz of the outputs, not yet divided for the mean; returns sums.
+
+    They are of the losses, of the rows' weights, of dz, of the rows that count and of those that are right.
+    """
+    LAYERS: tl.constexpr = len(STEP.biases)
+    O: tl.constexpr = STEP.sizes[LAYERS]
+    ACTIVATION: tl.constexpr = STEP.activations[LAYERS - 1]
+    LOSS: tl.constexpr = STEP.loss
+    BLOCK_O: tl.constexpr = TILES.outputs
+    dtype: tl.constexpr = weights[0].dtype.element_ty
+    for layer in tl.static_range(LAYERS - 2):
+        for n in range(0, STEP.sizes[layer + 1], fitted(TILES.hidden, STEP.sizes[layer + 1])):
+            hidden_tile(data, weights, hidden, slopes, rows, offs_b, mask_b, n, layer, STEP, TILES)
+        tl.debug_barrier()  # the layer is there
+    offs_o = tl.arange(0, BLOCK_O)
+    if LAYERS == 1:
+        z = linear_tile(data, weights, hidden, rows, offs_b, mask_b, offs_o, BLOCK_O, 0, STEP, TILES)
+    else:
+        z = output_tile(data, weights, hidden, slopes, rows, offs_b, mask_b, offs_o, LAYERS - 1, STEP, TILES)
+
+    y = value(z, ACTIVATION)
+    loss, weight, dy, valid, right = loss_of(y, data, rows, mask_b, offs_o, ignore_index, smoothing, O, LOSS)
+    a = z if reads_before(ACTIVATION, BEFORE) else y
+    dz = times_slope(dy, slope(a, ACTIVATION), ACTIVATION)
+    dz = tl.where(mask_b[:, None] & (offs_o < O)[None, :], dz, 0.0)
+    tl.store(gradients[0] + offs_b[:, None] * BLOCK_O + offs_o[None, :], dz, mask=mask_b[:, None])
+    counted, rights = tl.sum(valid.to(dtype)), tl.sum(right.to(dtype))
+    return tl.sum(loss), tl.sum(weight), tl.sum(dz, axis=0), counted, rights
+
+
+@triton.jit
+def step_on(parameters, PARAMETER: tl.constexpr, offs, mask, g, row_ptr, STEP: tl.constexpr):
+    """The optimizer's step on some elements of a parameter; their order is W1, b1, W2, b2, ..."""
+    RULE: tl.constexpr = STEP.rule
+    weights, firsts, seconds = parameters
+    row_ptr += PARAMETER * ROW
+    update(weights[PARAMETER], firsts[PARAMETER], seconds[PARAMETER], offs, mask, g, row_ptr, RULE)
+
+
+@triton.jit
+def dz_place(hidden, gradients, LAYER: tl.constexpr, LAYERS: tl.constexpr):
+    """Where dz of a layer is in backward."""
+    if LAYER == LAYERS - 1:
+        dz_ptr = gradients[0]
+    elif LAYER == LAYERS - 2:
+        dz_ptr = hidden[LAYER]
+    else:
+        dz_ptr = gradients[1 + LAYER % 2]
+    return dz_ptr
+
+
+@triton.jit
+def slope_at_values(h, LAYER: tl.constexpr, STEP: tl.constexpr):
+    """The slope where it is read off the values h. Asked for before a product, or Triton moves it there, and not h."""
+    ACTIVATION: tl.constexpr = STEP.activations[LAYER]
+    return h if reads_before(ACTIVATION, BEFORE) else slope(h, ACTIVATION)  # h: of no use, the slope is kept
+
+
+@triton.jit
+def hidden_gradient(dh, s, slopes, offs, mask, LAYER: tl.constexpr, STEP: tl.constexpr):
+    """dz of a hidden layer from the gradient of its values, and their slope_at_values."""
+    ACTIVATION: tl.constexpr = STEP.activations[LAYER]
+    if reads_before(ACTIVATION, BEFORE):
+        dz = dh * tl.load(slopes[LAYER] + offs, mask=mask, other=0.0)
+    else:
+        dz = times_slope(dh, s, ACTIVATION)
+    if ACTIVATION.name != "relu":  # of which it is 0 there; an infinite weight times a row that is not there is NaN
+        dz = tl.where(mask, dz, 0.0)
+    return dz
+
+
+@triton.jit
+def backward_output(
+    parameters, hidden, slopes, gradients, row_ptr, k, size, scale,
+    LAYER: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Step on the columns of the last W from `k` on and on b of the layer before, whose dz comes in place of h."""
+    K: tl.constexpr = STEP.sizes[LAYER]
+    O: tl.constexpr = STEP.sizes[LAYER + 1]
+    BLOCK_B: tl.constexpr = TILES.batch
+    BLOCK_O: tl.constexpr = TILES.outputs
+    BLOCK_K: tl.constexpr = fitted(TILES.hidden, K)
+    weights = parameters[0]
+    dtype: tl.constexpr = weights[0].dtype.element_ty
+    offs_o, offs_k = tl.arange(0, BLOCK_O), k + tl.arange(0, BLOCK_K)
+    mask_o, mask_k = offs_o < O, offs_k < K
+    offs_w, mask_w = offs_o[:, None] * K + offs_k[None, :], mask_o[:, None] & mask_k[None, :]
+    w = tl.load(weights[2 * LAYER] + offs_w, mask=mask_w, other=0.0)
+    dw = tl.zeros((BLOCK_O, BLOCK_K), dtype)
+    db = tl.zeros((BLOCK_K,), dtype)
+    for b in range(0, BLOCK_B if TILES.one_batch else size, BLOCK_B):
+        offs_b = b + tl.arange(0, BLOCK_B)
+        mask_b = offs_b < size
+        dy_ptrs = gradients[0] + offs_b[:, None] * BLOCK_O + offs_o[None, :]
+        dy = tl.load(dy_ptrs, mask=mask_b[:, None], other=0.0) * scale
+        offs_h, mask = offs_b[:, None] * K + offs_k[None, :], mask_b[:, None] & mask_k[None, :]
+        h_ptrs = hidden[LAYER - 1] + offs_h
+        h = tl.load(h_ptrs, mask=mask, other=0.0)
+        dw = tl.dot(tl.trans(dy), h, dw, input_precision=TILES.precision, out_dtype=dtype)
+        s = slope_at_values(h, LAYER - 1, STEP)
+        da = tl.dot(dy, w, input_precision=TILES.precision, out_dtype=dtype)
+        dz = hidden_gradient(da, s, slopes, offs_h, mask, LAYER - 1, STEP)
+        db += tl.sum(dz, axis=0)
+        tl.store(h_ptrs, dz, mask=mask)
+    tl.debug_barrier()  # dz is there, and W was read
+    step_on(parameters, 2 * LAYER, offs_w, mask_w, dw, row_ptr, STEP)
+    if STEP.biases[LAYER - 1]:
+        step_on(parameters, 2 * LAYER - 1, offs_k, mask_k, db, row_ptr, STEP)
+
+
+@triton.jit
+def backward_hidden(
+    parameters, hidden, slopes, gradients, row_ptr, k, size,
+    LAYER: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """dz of the units from `k` on of the layer before a hidden layer, which it leaves in its place; step on their b."""
+    K: tl.constexpr = STEP.sizes[LAYER]
+    N: tl.constexpr = STEP.sizes[LAYER + 1]
+    LAYERS: tl.constexpr = len(STEP.biases)
+    BLOCK_B: tl.constexpr = TILES.batch
+    BLOCK_K: tl.constexpr = fitted(TILES.hidden, K)
+    BLOCK_N: tl.constexpr = fitted(TILES.hidden, N)
+    weights = parameters[0]
+    dtype: tl.constexpr = weights[0].dtype.element_ty
+    dz_ptr, to_ptr = dz_place(hidden, gradients, LAYER, LAYERS), dz_place(hidden, gradients, LAYER - 1, LAYERS)
+    offs_k = k + tl.arange(0, BLOCK_K)
+    mask_k = offs_k < K
+    db = tl.zeros((BLOCK_K,), dtype)
+    for b in range(0, BLOCK_B if TILES.one_batch else size, BLOCK_B):
+        offs_b = b + tl.arange(0, BLOCK_B)
+        mask_b = offs_b < size
+        da = tl.zeros((BLOCK_B, BLOCK_K), dtype)
+        for n in range(0, N, BLOCK_N):
+            offs_n = n + tl.arange(0, BLOCK_N)
+            mask_n = offs_n < N
+            dz_ptrs = dz_ptr + offs_b[:, None] * N + offs_n[None, :]
+            dz = tl.load(dz_ptrs, mask=mask_b[:, None] & mask_n[None, :], other=0.0)
+            w_ptrs = weights[2 * LAYER] + offs_n[:, None] * K + offs_k[None, :]
+            w = tl.load(w_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
+            da = tl.dot(dz, w, da, input_precision=TILES.precision, out_dtype=dtype)
+        offs_h, mask = offs_b[:, None] * K + offs_k[None, :], mask_b[:, None] & mask_k[None, :]
+        h = tl.load(hidden[LAYER - 1] + offs_h, mask=mask, other=0.0)
+        s = slope_at_values(h, LAYER - 1, STEP)
+        dz = hidden_gradient(da, s, slopes, offs_h, mask, LAYER - 1, STEP)
+        db += tl.sum(dz, axis=0)
+        tl.store(to_ptr + offs_h, dz, mask=mask)
+    tl.debug_barrier()  # dz is there, and these columns of W were read
+    if STEP.biases[LAYER - 1]:
+        step_on(parameters, 2 * LAYER - 1, offs_k, mask_k, db, row_ptr, STEP)
+
+
+@triton.jit
+def backward_weights(
+    data, parameters, hidden, gradients, order_ptr, row_ptr, n, k, size, scale,
+    LAYER: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Step on a tile of W: the rows from `n` on, the columns from `k` on."""
+    LAYERS: tl.constexpr = len(STEP.biases)
+    K: tl.constexpr = STEP.sizes[LAYER]
+    N: tl.constexpr = STEP.sizes[LAYER + 1]
+    BLOCK_B: tl.constexpr = TILES.batch
+    BLOCK_N: tl.constexpr = TILES.outputs if LAYERS == 1 else fitted(TILES.hidden, N)
+    BLOCK_K: tl.constexpr = fitted(TILES.inputs if LAYER == 0 else TILES.hidden, K)
+    COLUMNS: tl.constexpr = TILES.outputs if LAYERS == 1 else N
+    dtype: tl.constexpr = gradients[0].dtype.element_ty
+    offs_n, offs_k = n + tl.arange(0, BLOCK_N), k + tl.arange(0, BLOCK_K)
+    mask_n, mask_k = offs_n < N, offs_k < K
+    dz_ptr = dz_place(hidden, gradients, LAYER, LAYERS)
+    dw = tl.zeros((BLOCK_N, BLOCK_K), dtype)
+    for b in range(0, BLOCK_B if TILES.one_batch else size, BLOCK_B):
+        offs_b = b + tl.arange(0, BLOCK_B)
+        mask_b = offs_b < size
+        rows = tl.load(order_ptr + offs_b, mask=mask_b, other=0) if LAYER == 0 else offs_b
+        a = load_inputs(data, hidden, rows, offs_b, mask_b, offs_k, LAYER, STEP)
+        dz_ptrs = dz_ptr + offs_b[None, :] * COLUMNS + offs_n[:, None]
+        dz = tl.load(dz_ptrs, mask=mask_n[:, None] & mask_b[None, :], other=0.0)
+        if LAYERS == 1:
+            dz *= scale
+        dw = tl.dot(dz, a, dw, input_precision=TILES.precision, out_dtype=dtype)
+    offs_w, mask_w = offs_n[:, None] * K + offs_k[None, :], mask_n[:, None] & mask_k[None, :]
+    step_on(parameters, 2 * LAYER, offs_w, mask_w, dw, row_ptr, STEP)
+
+
+@triton.jit
+def backward_input(
+    data, parameters, hidden, gradients, order_ptr, row_ptr, n, size, scale, STEP: tl.constexpr, TILES: tl.constexpr
+):
+    """Step on the rows of W1 from `n` on."""
+    for k in range(0, STEP.sizes[0], fitted(TILES.inputs, STEP.sizes[0])):
+        backward_weights(data, parameters, hidden, gradients, order_ptr, row_ptr, n, k, size, scale, 0, STEP, TILES)
+
+
+@triton.jit
+def backward(
+    data, parameters, hidden, slopes, gradients, order_ptr, row_ptr, size, scale,
+    STEP: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Backward and the optimizer's step on all parameters but the last bias."""
+    LAYERS: tl.constexpr = len(STEP.biases)
+    if LAYERS > 1:
+        for k in tl.range(0, STEP.sizes[LAYERS - 1], fitted(TILES.hidden, STEP.sizes[LAYERS - 1]), num_stages=1):
+            backward_output(parameters, hidden, slopes, gradients, row_ptr, k, size, scale, LAYERS - 1, STEP, TILES)
+            if LAYERS == 2:
+                backward_input(data, parameters, hidden, gradients, order_ptr, row_ptr, k, size, scale, STEP, TILES)
+    for layer in tl.static_range(LAYERS - 2, 0, -1):
+        if layer < LAYERS - 3:
+            tl.debug_barrier()  # dz of the layer behind was read, in whose place comes that of the layer before
+        for k in tl.range(0, STEP.sizes[layer], fitted(TILES.hidden, STEP.sizes[layer]), num_stages=1):
+            backward_hidden(parameters, hidden, slopes, gradients, row_ptr, k, size, layer, STEP, TILES)
+            for n in range(0, STEP.sizes[layer + 1], fitted(TILES.hidden, STEP.sizes[layer + 1])):
+                backward_weights(
+                    data, parameters, hidden, gradients, order_ptr, row_ptr, n, k, size, scale, layer, STEP, TILES
+                )
+    if LAYERS == 1:
+        backward_input(data, parameters, hidden, gradients, order_ptr, row_ptr, 0, size, scale, STEP, TILES)
+    elif LAYERS > 2:
+        for n in tl.range(0, STEP.sizes[1], fitted(TILES.hidden, STEP.sizes[1]), num_stages=1):
+            backward_input(data, parameters, hidden, gradients, order_ptr, row_ptr, n, size, scale, STEP, TILES)
+
+
+@triton.jit(do_not_specialize=["epoch_rows", "batch_size", "position", "steps", "ignore_index", "smoothing"])
+def mlp_training_kernel(
+    table_ptr, data, weights, firsts, seconds, hidden, slopes, gradients, traces,
+    epoch_rows, batch_size, position, steps, ignore_index, smoothing, STEP: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """`steps` steps, the first one `position` rows into an epoch of `epoch_rows`. One program.
+
+    weights, firsts and seconds are W1, b1, W2, ... and the state of each; traces the losses and the accuracies. The
+    table has a row for each step and parameter.
+    """
+    LAYERS: tl.constexpr = len(STEP.biases)
+    O: tl.constexpr = STEP.sizes[LAYERS]
+    BLOCK_B: tl.constexpr = TILES.batch
+    BLOCK_O: tl.constexpr = TILES.outputs
+    dtype: tl.constexpr = table_ptr.dtype.element_ty
+    parameters = (weights, firsts, seconds)
+    order_ptr = data.order
+    for step in tl.range(steps, num_stages=1):  # no load may come before a store of the step before
+        size = tl.minimum(batch_size, epoch_rows - position)
+        zero = tl.full((), 0, dtype)
+        loss, weight, counted, right = zero, zero, zero, zero
+        db = tl.zeros((BLOCK_O,), dtype)
+        for b in range(0, BLOCK_B if TILES.one_batch else size, BLOCK_B):
+            offs_b = b + tl.arange(0, BLOCK_B)
+            mask_b = offs_b < size
+            rows = tl.load(order_ptr + offs_b, mask=mask_b, other=0)
+            loss_b, weight_b, db_b, counted_b, right_b = forward_tile(
+                data, weights, hidden, slopes, gradients, rows, offs_b, mask_b, ignore_index, smoothing, STEP, TILES
+            )
+            loss, weight, db, counted, right = (
+                loss + loss_b, weight + weight_b, db + db_b, counted + counted_b, right + right_b
+            )  # fmt: skip
+        tl.store(traces[0] + step, loss / weight if STEP.loss.mean else loss)
+        if STEP.accuracy:
+            tl.store(traces[1] + step, right / counted)
+        one = tl.full((), 1.0, dtype)
+        scale = tl.where(counted > 0, 1.0 / weight, 1.0) if STEP.loss.mean else one  # no rows: no gradient
+        row_ptr = table_ptr + step * (2 * LAYERS * ROW)
+        tl.debug_barrier()  # hidden and dz are there, and the parameters were read
+
+        backward(data, parameters, hidden, slopes, gradients, order_ptr, row_ptr, size, scale, STEP, TILES)
+        if STEP.biases[LAYERS - 1]:
+            offs_o = tl.arange(0, BLOCK_O)
+            step_on(parameters, 2 * LAYERS - 1, offs_o, offs_o < O, db * scale, row_ptr, STEP)
+        order_ptr += size
+        position = tl.where(position + size >= epoch_rows, 0, position + size)
+        tl.debug_barrier()  # the parameters are there, and hidden and dz were read

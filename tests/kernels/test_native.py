@@ -248,6 +248,17 @@ def test_no_rows_that_count(machine: str) -> None:
 
 
 @each_machine
+def test_labels_without_weight(machine: str) -> None:
+    """The mean over weights of 0 is NaN, whatever smoothing adds, as in PyTorch."""
+    net = Net((37, 40, 10), ["relu", "identity"])
+    net.targets.fill_(3)
+    options = {"weight": torch.ones(10).double().index_fill_(0, torch.tensor([3]), 0.0), "label_smoothing": 0.2}
+    loss, _ = net.gradients(net.order[:33], **options)
+    found, _ = net.slope(machine, 33, **with_options(net, options))
+    torch.testing.assert_close(found, loss, equal_nan=True)
+
+
+@each_machine
 @pytest.mark.parametrize(
     "flags", [(False, False, False), (True, False, True), (False, True, True), (True, True, False)]
 )
@@ -632,6 +643,10 @@ def test_calls_that_make_no_sense_raise() -> None:
         native.prepare(**given | {"more": 1})
     with pytest.raises(TypeError, match="5 keyword arguments alone"):
         native.prepare(0, True, net.step, net.parameters(), 0)
+    with pytest.raises(TypeError, match="5 keyword arguments alone"):
+        native.prepare(0, **given)
+    with pytest.raises(ValueError, match="not as many as the layers"):
+        native.prepare(**given | {"parameters": [*net.parameters(), None]})
     with pytest.raises(TypeError, match="15 keyword arguments alone"):
         native.train(prepared)
     with pytest.raises(TypeError, match="what prepare returns"):

@@ -29,9 +29,10 @@
 namespace fusednn {
 namespace {
 
-// So much of dW is computed and used at a time, in the L1 cache too. Its rows are long, since the step on W takes
-// longer where it leaps from row to row: a third, at 784-2048-10 and batch 1 with rows of 256.
-constexpr Int GRAD_M = 4, GRAD_N = 1024;
+// So many numbers of dW are computed and used at a time, in the L1 cache too. For a small batch in long rows, since the
+// step on W takes longer where it leaps from row to row: a third, at 784-2048-10 and batch 1. For a large one in many
+// rows, for each 4 of which a tile of the batch is read again: at batch 512 long ones take a fifth longer.
+constexpr Int GRAD_SIZE = 4096, LONG_ROW = 1024, SHORT_ROW = 256, SMALL_BATCH = 32;
 
 // What a step hands from one part to the next.
 template <class T, int BYTES>
@@ -43,7 +44,7 @@ struct Buffers {
     Buffer<T> x_t, h;                            // [inputs, batch], and the h of a layer that keeps z
     Buffer<T> d[2];                              // [outputs, batch], dz of a layer and dh of the one before, by turns
     Buffer<T> db;                                // [outputs]
-    alignas(64) T dw[GRAD_M * GRAD_N];           // a part of dW
+    alignas(64) T dw[GRAD_SIZE];                 // a part of dW
 
     Buffers(const Step<T> &step, Int batch, Int widest)
         : stride_b(padded_row<T, BYTES>(batch)), x_t(step.layer[0].inputs, stride_b), h(widest, stride_b),
@@ -109,10 +110,11 @@ INLINE void step_on_weight(
     const Parameter<T> &w, const T *row, Rule rule, const T *dz, Int stride_b, const T *a, Int stride_a, T *dw,
     Int M, Int N, Int size
 ) {
-    const Int stride = std::min(GRAD_N, whole<T, BYTES>(N)), most = GRAD_M * GRAD_N / std::max(stride, Int(1));
+    const Int longest = size <= SMALL_BATCH ? LONG_ROW : SHORT_ROW;
+    const Int stride = std::min(longest, whole<T, BYTES>(N)), most = GRAD_SIZE / stride;
     for (Int m = 0; m < M; m += most)
-        for (Int n = 0; n < N; n += GRAD_N) {
-            const Int rows = std::min(most, M - m), columns = std::min(GRAD_N, N - n);
+        for (Int n = 0; n < N; n += stride) {
+            const Int rows = std::min(most, M - m), columns = std::min(stride, N - n);
             product<T, BYTES>(dw, stride, dz + m * stride_b, stride_b, 1, a + n, stride_a, rows, columns, size, false);
             if (columns == N) {  // whole rows: without gaps they are one piece of W
                 for (Int r = 1; r < rows && stride != N; ++r) std::copy_n(dw + r * stride, N, dw + r * N);

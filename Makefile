@@ -89,7 +89,7 @@ sanitize: $(READY)  ## the native engine under AddressSanitizer and UndefinedBeh
 		$(abspath $(BIN))/python setup.py --quiet build_ext --inplace
 	grep -q __asan_init $(SANITIZED)/fusednn/_native*
 	cd $(SANITIZED) && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(PRELOAD)" \
-		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider tests/training -k native
+		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider tests/training tests/kernels/test_native.py -k native
 
 gpu:  ## on a GPU: the tests marked gpu, then the benchmarks, within 9 minutes
 	$(PYTHON) -m bench.gpu

@@ -20,7 +20,9 @@ import fusednn
 from fusednn import make_train_step, reference, train_steps
 from fusednn.training.engines import native
 
-from .bench_native import BATCH, DIGITS, ROWS, in_turns
+from .bench_native import DIGITS, ROWS, in_turns
+
+SIZES, BATCH = DIGITS.sizes, DIGITS.batch
 
 pytestmark = pytest.mark.skipif(not native.MACHINES, reason="the native engine was not built")
 
@@ -47,7 +49,7 @@ class Own(nn.Module):
 
     def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        inputs, hidden, outputs = DIGITS
+        inputs, hidden, outputs = SIZES
         self.fc1, self.fc2 = nn.Linear(inputs, hidden), nn.Linear(hidden, outputs)
         self.activation = activation
 
@@ -58,10 +60,10 @@ class Own(nn.Module):
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "SimpleNN": lambda: fusednn.SimpleNN(*DIGITS),
+    "SimpleNN": lambda: fusednn.SimpleNN(*SIZES),
     "own class": lambda: Own(torch.relu),
-    "looped": lambda: Own(torch.tanh),
-    "plain": lambda: reference.SimpleNN(*DIGITS),
+    "looped": lambda: Own(torch.sin),
+    "plain": lambda: reference.SimpleNN(*SIZES),
 }
 
 
@@ -127,7 +129,7 @@ def inference(model: nn.Module, x: Tensor) -> Callable[[int], None]:
 def runs() -> dict[str, tuple[Callable[[int], Any], int]]:
     """All of them, and how many steps a turn has."""
     torch.manual_seed(0)
-    x, targets = torch.randn(ROWS, DIGITS[0]), torch.randint(DIGITS[2], (ROWS,))
+    x, targets = torch.randn(ROWS, SIZES[0]), torch.randint(SIZES[2], (ROWS,))
     batch = x[:BATCH].clone(), targets[:BATCH].clone()
     found: dict[str, tuple[Callable[[int], Any], int]] = {
         "plain": (repeated(plain(MODELS["plain"](), *batch)), 100),

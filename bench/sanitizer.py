@@ -42,7 +42,7 @@ def launch_all(device: str = "cuda", steps: int = 100) -> None:
     for sizes, batch in (((64, 128, 10), 32), ((100, 96, 100), 48), ((20, 40, 36, 70, 10), 48)):
         layers = [layer for shape in pairwise(sizes) for layer in (nn.Linear(*shape), nn.GELU())]
         model = nn.Sequential(*layers[:-1]).to(device)
-        x, t = torch.randn(250, sizes[0], device=device), torch.randint(sizes[2], (250,), device=device)
+        x, t = torch.randn(250, sizes[0], device=device), torch.randint(sizes[-1], (250,), device=device)
         train_steps(model, torch.optim.Adam(model.parameters()), x, t, batch_size=batch, steps=steps)
 
     step = torch.zeros(1, dtype=torch.int64, device=device)

@@ -25,7 +25,7 @@ import torch
 
 from fusednn.kernels import mlp_training
 from fusednn.kernels.step import Step
-from fusednn.training import plan
+from fusednn.training.engines import resident
 
 from . import bench_train_steps, builds, resources, watch
 from .bench_train_steps import DIGITS, MNIST, Case, Loop
@@ -89,10 +89,10 @@ class Setting(NamedTuple):
 def table_of(setting: Setting, config: Config) -> Iterator[None]:
     """The table has this configuration alone, and no CUDA graph is made instead."""
     key = setting.architecture, setting.precision
-    one_program = dict.fromkeys(plan.MOST_BEFORE_GRAPH, 2**62)
+    one_program = dict.fromkeys(resident.MOST_BEFORE_GRAPH, 2**62)
     with (
         patch.dict(mlp_training.CONFIGS, {key: ((None, None, None, config),)}),
-        patch.dict(plan.MOST_BEFORE_GRAPH, one_program),
+        patch.dict(resident.MOST_BEFORE_GRAPH, one_program),
     ):
         mlp_training.plan_training.cache_clear()
         try:

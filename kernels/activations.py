@@ -60,7 +60,7 @@ def value(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def slope(a, ACTIVATION: tl.constexpr):
-    """The slope at a, the value or the number before, as `reads_before` says; of relu where it is 0; of identity a."""
+    """The slope at a, the number before if `reads_before`, else the value. For relu: where it is 0. For identity: a."""
     if ACTIVATION.name == "relu":
         s = a <= 0
     elif ACTIVATION.name == "leaky_relu":

@@ -17,9 +17,9 @@ from .step import ACTIVATIONS, Step
 CONFIGS = {
     # Of each architecture and precision, rows (most layers, most rows of a batch, most inputs, configuration), the
     # first that holds: (block_b, block_h, block_i, num_warps, num_stages) with the largest tiles of the batch, hidden
-    # units and inputs of a layer.
-    # Unmeasured but for sm_90: chosen for the fewest instructions a step that spill at most 32 bytes.
-    # On an H100 (bench/results), us a step of the row and of the best of the sweep: 64-128-10 at batch 32, TF32 12.3,
+    # units and inputs of a layer. Unmeasured but for the rows of sm_90 that serve two layers in float32: chosen for the
+    # fewest instructions a step that spill at most 32 bytes.
+    # On an H100 (bench/results), us a step of the row and of the best of the sweep: 64-128-10 at batch 32, TF32 12.3
     # and 12.2, exact 24.9; at 256, TF32 90 and 79, in tiles that spill where the hidden units are 64; 784-128-10 at
     # 128, TF32 253 and exact 891, both the best.
     ("sm_90", "tf32"): (

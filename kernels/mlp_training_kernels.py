@@ -11,9 +11,9 @@ global memory, from where a small net never leaves the L1 cache of the one SM an
 registers they spill, at 64-128-10 even where they fit. What a step hands from one part to the next lies beside them:
 
     hidden      the values of each hidden layer; in place of the last one's comes its dz, tile by tile
-    slopes      those of an activation whose slope is read off the number before: made again where they are needed
-                they would cost more than they do in memory, since a product's operands stand in several warps
-    gradients   dz of the outputs, and two buffers that dz of the other layers takes in turns
+    slopes      of the activations whose slope is read off the number before. Computing them again in backward costs
+                more than keeping them: several warps hold the operands of a product, and each would compute all of it
+    gradients   dz of the outputs; and two buffers that dz of all layers but the last two takes in turns
 
 Nothing is added up in an order that could change, so the bits repeat.
 
@@ -43,7 +43,7 @@ class Tiles(NamedTuple):
 
 
 class Data(NamedTuple):
-    """x [N, I], targets [N], the rows of the steps one after the other, and class weights [O], any tensor without."""
+    """x [N, I], targets [N], the rows of the steps one by one, and class weights [O], or any tensor for none."""
 
     x: Any
     targets: Any
@@ -219,7 +219,7 @@ def hidden_gradient(dh, s, slopes, offs, mask, LAYER: tl.constexpr, STEP: tl.con
         dz = dh * tl.load(slopes[LAYER] + offs, mask=mask, other=0.0)
     else:
         dz = times_slope(dh, s, ACTIVATION)
-    if ACTIVATION.name != "relu":  # of which it is 0 there; an infinite weight times a row that is not there is NaN
+    if ACTIVATION.name != "relu":  # relu's is 0 there already; an infinite weight times a row that is not there is NaN
         dz = tl.where(mask, dz, 0.0)
     return dz
 

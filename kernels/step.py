@@ -3,8 +3,8 @@
     a = x;  for each layer: z = a Wᵀ + b, a = activation(z);  y = a
     loss of y and the targets; the gradient of each W and b;  the optimizer's rule on each
 
-Every engine is driven by a :class:`Step`. To add an activation, a loss or a rule is a line in a table here, a line in
-native/step.h, which has the same names in the same order, and a device function in each language. Imports nothing.
+Every engine is driven by a :class:`Step`. To add an activation, a loss or a rule is a line in a table here, its name in
+the enum and in the table of native/step.h, in the same order, and a device function in each language. Imports nothing.
 """
 
 from typing import NamedTuple

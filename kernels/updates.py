@@ -56,6 +56,7 @@ def update(w_ptr, m_ptr, v_ptr, offs, mask, g, row_ptr, RULE: tl.constexpr):
         tl.store(v_ptr + offs, v, mask=mask)
         g = m / (tl.sqrt(v) * tl.load(row_ptr + ROOT) + tl.load(row_ptr + EPS))
     elif RULE.name != "sgd":
+        tl.static_assert(RULE.name == "momentum" or RULE.name == "nesterov", "this rule has no device function")
         momentum = tl.load(row_ptr + MOMENTUM)
         m = momentum * tl.load(m_ptr + offs, mask=mask, other=0.0) + tl.load(row_ptr + UNDAMPED) * g
         tl.store(m_ptr + offs, m, mask=mask)

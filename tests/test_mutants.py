@@ -37,3 +37,8 @@ def test_every_kernel_has_three() -> None:
     ]
     assert kernels
     assert [kernel for kernel in kernels if counts[kernel] < 3] == []
+
+
+def test_no_mutant_stands_twice() -> None:
+    sources = Counter((mutant.file, mutant.source()) for mutant in MUTANTS)
+    assert max(sources.values()) == 1

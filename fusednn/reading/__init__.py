@@ -11,7 +11,7 @@ what it is given.
 Sources are kept by code object, and one that is not that of the code that runs is not believed.
 """
 
-from .activations import FORMS, MODULES, Form
+from .activations import FORMS, MODULES
 from .facts import GONE, Facts
 from .nodes import Node, Place, Reading, Size, Unread, nodes_of
 from .reader import plain_class
@@ -20,6 +20,6 @@ from .ways import ways
 from .whole import CALLS, HOOKS, UNTOUCHED, read
 
 __all__ = [
-    "CALLS", "FORMS", "GONE", "HOOKS", "MODULES", "UNTOUCHED", "Facts", "Form", "Node", "Place", "Reading", "Size",
+    "CALLS", "FORMS", "GONE", "HOOKS", "MODULES", "UNTOUCHED", "Facts", "Node", "Place", "Reading", "Size",
     "Unread", "nodes_of", "plain_class", "read", "source", "ways",
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class Form(NamedTuple):
@@ -28,7 +28,7 @@ FORMS = {
     "sigmoid": Form(nn.Sigmoid, {}),
     "softplus": Form(nn.Softplus, {"beta": 1.0, "threshold": 20.0}),
 }
-"""By the name of the function in torch.nn.functional; what works in place has a `_` behind it, of some."""
+"""By the name of the function in torch.nn.functional. Of some there is one more, with a `_`, that works in place."""
 
 MODULES: dict[type, str] = {form.module: name for name, form in FORMS.items()}
 
@@ -39,6 +39,4 @@ def spelled(owner: Any) -> list[str]:
 
 
 WITHOUT_OPTIONS = frozenset(getattr(torch, name) for name in spelled(torch))
-"""The functions of torch, which take the tensor alone. Methods do so too."""
-
-METHODS = spelled(Tensor)
+"""The functions of torch: they take the tensor alone, and so do the methods."""

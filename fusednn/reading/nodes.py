@@ -13,7 +13,7 @@ from . import activations
 NAMES: dict[Any, list[str]] = {
     F: [*activations.spelled(F), "dropout"],
     torch: [*activations.spelled(torch), "flatten", "reshape"],
-    Tensor: [*activations.METHODS, "flatten", "reshape", "view"],
+    Tensor: [*activations.spelled(Tensor), "flatten", "reshape", "view"],
 }
 """The functions of a tensor, and its methods, that are known."""
 

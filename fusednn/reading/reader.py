@@ -415,8 +415,8 @@ class Reader:
         if _is_known(callee) and not args and "input" in kwargs:
             args = [kwargs.pop("input")]
             given = [*args, *kwargs.values()]
-        if callee in WITHOUT_OPTIONS and len(given) > 1:
-            return self.refuse(frame, call)  # it raises TypeError
+        if callee in WITHOUT_OPTIONS and len(given) > 1:  # an error, or out=
+            return self.other(frame, call, _name(call.func), [callee, *given])
         if _is_known(callee) and args and isinstance(args[0], Node) and not nodes_of(given[1:]):
             return self.known(frame, call, "function", FUNCTIONS[callee], args, kwargs)
         return self.other(frame, call, _name(call.func), [callee, *given])
@@ -499,12 +499,6 @@ class _Super(NamedTuple):
 
 class Dead(Exception):  # noqa: N818
     """This way through a forward ends in an error of the user's."""
-
-
-def is_sequential(module: Any) -> bool:
-    """Whether `module` is an nn.Sequential that calls its modules one after the other."""
-    kind: Any = plain_class(type(module))
-    return isinstance(module, nn.Sequential) and kind.forward is nn.Sequential.forward
 
 
 def _is_known(callee: Any) -> bool:

@@ -10,7 +10,7 @@ from ..reading import CALLS, GONE, HOOKS, Facts
 
 
 def refusal(criterion: Any, outputs: int | None, inputs: Tensor, facts: Facts) -> str | None:
-    """Why no kernel computes the loss of so many outputs, or None; None outputs are any number.
+    """Why no kernel computes the loss, or None. `outputs` is how many outputs the net has; None is any number.
 
     `inputs` say in which dtype and on which device. `facts` gets what that rests on.
     """

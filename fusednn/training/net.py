@@ -103,7 +103,7 @@ def _kept(kept: Any, model: Any, features: Features | None, find: Callable[..., 
     facts = Facts()
     found = reading.read(model, facts)
     if isinstance(found, Reading):
-        found = find(model, found, features, facts)
+        found = find(found, features, facts)
     weak, more, kinds = found, None, ()
     if not isinstance(found, str):
         tensors, more = found
@@ -121,7 +121,7 @@ def _kind_of(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.dtype, tensor.device, tensor.shape, tensor.layout is torch.strided and tensor.is_contiguous()
 
 
-def _net_of(model: nn.Module, found: Reading, features: Features | None, facts: Facts) -> Any:
+def _net_of(found: Reading, features: Features | None, facts: Facts) -> Any:
     """The net of a chain of nodes: its tensors, and what else it is. Or why there is none."""
     chain = found.nodes
     for before, node in pairwise(chain):
@@ -279,7 +279,7 @@ PURE: tuple[type[nn.Module], ...] = (*_LINEARS, *_MODULES, nn.Flatten, nn.LayerN
 _PURE_NAMES = (*FORMS, *_VIEWS)
 
 
-def _pure_of(model: nn.Module, found: Reading, features: None, facts: Facts) -> Any:
+def _pure_of(found: Reading, features: None, facts: Facts) -> Any:
     """All parameters of a model whose modules are pure and used, and nothing else."""
     used: dict[Tensor, None] = {}
     users = found.users()

@@ -75,7 +75,7 @@ def _held(optimizer: Optimizer) -> list[int]:
 
 
 def refusal_now(optimizer: Optimizer, parameters: list[Tensor]) -> str | None:
-    """The same of what no fact says: a schedule sets the learning rate at each step, and lists change unseen."""
+    """Why not, of what no fact tells: a schedule sets the learning rate at each step, and lists change unseen."""
     if not _is_torchs(optimizer.step, type(optimizer)):
         return "the optimizer's step was replaced"
     held = _held(optimizer)
@@ -94,7 +94,7 @@ def _lr_refusal(lr: Any) -> str | None:
 
 
 def _number_refusal(number: Any) -> str | None:
-    """torch.optim works with others in its own way, or raises an error."""
+    """Why no kernel takes this number as an option: torch.optim works with it in its own way, or raises an error."""
     if isinstance(number, float) or (type(number) is int and abs(number) < 2**53):
         return None
     if isinstance(number, Tensor):

@@ -124,7 +124,7 @@ def _read(job: Job) -> tuple[Net | str, tuple[Facts, ...]]:
     """The net that the kernels train as `job` asks, or why there is none, whatever the batch; and the facts of that."""
     model, inputs, schedule = job.model, job.inputs, job.lr_schedule
     if flat(inputs) is None:
-        return "the model makes its inputs a matrix, for which they are copied", ()
+        return "the inputs have gaps, so a matrix of them would be a copy", ()
     features = tuple(inputs.shape[1:])
     found, net_facts = net.read(model, None if len(features) == 1 else features)
     if isinstance(found, str):

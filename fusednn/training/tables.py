@@ -23,8 +23,8 @@ class Taken(NamedTuple):
 
     `table` [steps, parameters, ROW], in the parameters' dtype and on their device, has the numbers that do not depend
     on gradients, at the places that kernels/step.py names; `firsts` and `seconds` are the state of each parameter, and
-    `counts` that of its steps, [], None where there is none. Of one step the table may be an array.array, to who asks
-    for it.
+    `counts` that of its steps, [], None where there is none. With `gives_arrays` the table of one step may be
+    an array.array.
     """
 
     rule: Rule

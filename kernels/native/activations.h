@@ -21,27 +21,29 @@ struct Activated {
     // h of z.
     INLINE V value(V z) const {
         if constexpr (NAME == RELU) return z <= 0 ? V{} : z;  // NaN passes
-        if constexpr (NAME == LEAKY_RELU) return z > 0 ? z : z * first;
-        if constexpr (NAME == ELU) return z > 0 ? z : first * expm1(z);
-        if constexpr (NAME == GELU) return z * Normal<V>(z).below;
-        if constexpr (NAME == GELU_TANH) return T(0.5) * z * (1 + gelu_tanh(z));
-        if constexpr (NAME == SILU) return z / (1 + exp(-z));
-        if constexpr (NAME == TANH) return tanh(z);
-        if constexpr (NAME == SIGMOID) return sigmoid(z);
-        if constexpr (NAME == SOFTPLUS) return z * first > second ? z : log1p(exp(z * first)) / first;
+        else if constexpr (NAME == LEAKY_RELU) return z > 0 ? z : z * first;
+        else if constexpr (NAME == ELU) return z > 0 ? z : first * expm1(z);
+        else if constexpr (NAME == GELU) return z * Normal<V>(z).below;
+        else if constexpr (NAME == GELU_TANH) return T(0.5) * z * (1 + gelu_tanh(z));
+        else if constexpr (NAME == SILU) return z / (1 + exp(-z));
+        else if constexpr (NAME == TANH) return tanh(z);
+        else if constexpr (NAME == SIGMOID) return sigmoid(z);
+        else if constexpr (NAME == SOFTPLUS) return z * first > second ? z : log1p(exp(z * first)) / first;
+        else static_assert(NAME == IDENTITY, "this activation has no formula");
     }
 
     // dz of dh; k is h or z.
     INLINE V gradient(V dh, V k) const {
         if constexpr (NAME == RELU) return k <= 0 ? V{} : dh;
-        if constexpr (NAME == LEAKY_RELU) return k > 0 ? dh : dh * first;
-        if constexpr (NAME == ELU) return k <= 0 ? dh * first * exp(k) : dh;
-        if constexpr (NAME == GELU) return dh * gelu_slope(k);
-        if constexpr (NAME == GELU_TANH) return dh * gelu_tanh_slope(k);
-        if constexpr (NAME == SILU) return dh * (sigmoid(k) * (1 + k * (1 - sigmoid(k))));
-        if constexpr (NAME == TANH) return dh * (1 - k * k);
-        if constexpr (NAME == SIGMOID) return dh * (1 - k) * k;
-        if constexpr (NAME == SOFTPLUS) return k * first > second ? dh : dh * softplus_slope(k);
+        else if constexpr (NAME == LEAKY_RELU) return k > 0 ? dh : dh * first;
+        else if constexpr (NAME == ELU) return k <= 0 ? dh * first * exp(k) : dh;
+        else if constexpr (NAME == GELU) return dh * gelu_slope(k);
+        else if constexpr (NAME == GELU_TANH) return dh * gelu_tanh_slope(k);
+        else if constexpr (NAME == SILU) return dh * (sigmoid(k) * (1 + k * (1 - sigmoid(k))));
+        else if constexpr (NAME == TANH) return dh * (1 - k * k);
+        else if constexpr (NAME == SIGMOID) return dh * (1 - k) * k;
+        else if constexpr (NAME == SOFTPLUS) return k * first > second ? dh : dh * softplus_slope(k);
+        else static_assert(NAME == IDENTITY, "this activation has no formula");
     }
 
   private:

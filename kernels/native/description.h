@@ -127,7 +127,7 @@ bool read_layers(PyObject *step, PyObject *parameters, Step<T> &to) {
     for (int i = 0; i < 4; ++i)
         if ((counts[i] = PySequence_Size(sequences[i])) < 0) return false;
     to.layers = counts[0];
-    if (to.layers < 1 || to.layers > MOST_LAYERS) return wrong("there are 1 to 8 layers");
+    if (to.layers < 1 || to.layers > MOST_LAYERS) return wrong("a net needs 1 to 8 layers");
     if (counts[1] != to.layers + 1 || counts[2] != to.layers || counts[3] != 2 * to.layers)
         return wrong("sizes, activations and parameters are not as many as the layers need");
     for (Int l = 0; l < to.layers; ++l) {

@@ -1,4 +1,4 @@
-// exp, expm1, log1p, tanh and the normal distribution of a vector of numbers, without branches: the C library's take
+// exp, expm1, log1p, tanh, sigmoid and the normal distribution of a vector of numbers, without branches: the C library's take
 // one number at a time.
 //
 // V is a vector type of float or double. Each is right to about 1 or 2 units in the last place, also for numbers that
@@ -67,8 +67,13 @@ INLINE V power_of_two(Bits<V> biased) {
 template <class T>
 constexpr T ROUNDER = sizeof(T) == 4 ? T(0x1.8p23) : T(0x1.8p52);
 
-// x = k ln 2 + r with |r| <= ln 2 / 2, and e^r = 1 + tail. Cody and Waite, 1980: ln 2 is two numbers, and the product
-// of k with the first, which has few bits, is exact.
+// ln 2 as two numbers: the product of a whole number with the first, which has few bits, is exact. Cody and Waite, 1980.
+template <class V>
+constexpr Number<V> LN2_HIGH = Lanes<V>::IS_FLOAT ? 0.693359375 : 0.693145751953125;
+template <class V>
+constexpr Number<V> LN2_LOW = Lanes<V>::IS_FLOAT ? -2.12194440054690583e-4 : 1.42860682030941723e-6;
+
+// x = k ln 2 + r with |r| <= ln 2 / 2, and e^r = 1 + tail.
 template <class V>
 struct Exponential {
     Bits<V> k;
@@ -76,10 +81,8 @@ struct Exponential {
 
     INLINE explicit Exponential(V x) {
         typedef Number<V> T;
-        constexpr T high = Lanes<V>::IS_FLOAT ? T(0.693359375) : T(0.693145751953125);
-        constexpr T low = Lanes<V>::IS_FLOAT ? T(-2.12194440054690583e-4) : T(1.42860682030941723e-6);
         const V rounded = x * T(1.44269504088896341) + ROUNDER<T>, n = rounded - ROUNDER<T>;
-        const V r = x - n * high - n * low;
+        const V r = x - n * LN2_HIGH<V> - n * LN2_LOW<V>;
         k = bits_of(rounded) - bits_of(V{} + ROUNDER<T>);
         if constexpr (Lanes<V>::IS_FLOAT)
             tail = r + r * r * polynomial(r, 0.5000000102, 0.1666651627, 0.04166618462, 0.008369195445, 0.001395182777);
@@ -119,8 +122,6 @@ INLINE V expm1(V x) {
 template <class V>
 INLINE V log1p(V x) {
     typedef Number<V> T;
-    constexpr T high = Lanes<V>::IS_FLOAT ? T(0.693359375) : T(0.693145751953125);
-    constexpr T low = Lanes<V>::IS_FLOAT ? T(-2.12194440054690583e-4) : T(1.42860682030941723e-6);
     const V u = 1 + x;
     const V lost = (x - (u - 1)) / u;
     const Bits<V> k = (bits_of(u) - bits_of(V{} + T(0.70710678118654752))) >> Lanes<V>::FRACTION;
@@ -135,7 +136,7 @@ INLINE V log1p(V x) {
             z, 0.666666666666673708, 0.399999999993947716, 0.285714287472410084, 0.222221980347383807,
             0.181835942757180377, 0.153132368977085231, 0.148045402558093683
         );
-    const V y = n * high + (f - (s * (f - z * p) - (n * low + lost)));
+    const V y = n * LN2_HIGH<V> + (f - (s * (f - z * p) - (n * LN2_LOW<V> + lost)));
     return x < std::numeric_limits<T>::infinity() ? y : x;
 }
 

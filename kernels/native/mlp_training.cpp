@@ -5,8 +5,8 @@
 //         dz = dh activation'(z)      dW = dzᵀ a      db = Σ dz      dh of the layer before = dz W
 //         and the optimizer's rule (updates.h) on W and b
 //
-// The same step as ../mlp_training_kernels.py, with its names, by one thread, to which the batch is one tile. In the products
-// (products.h) the innermost index n is the row of the batch for the forward and for dh; so a, h, dh and dz lie as
+// The same step as ../mlp_training_kernels.py, with its names, by one thread, to which the batch is one tile.
+// In the products (products.h) the innermost index n is the row of the batch for the forward and for dh; so a, h, dh and dz lie as
 // [features, batch]. For dW it is the feature, and what a layer is given lies as [batch, features] beside it. Rows are
 // padded to whole vectors: what stands in the padding is computed and never read. Where each sum is added up does not
 // depend on the batch around it, so the bits repeat on one machine; machines with other vectors, or without a fused

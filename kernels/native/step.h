@@ -27,7 +27,7 @@ constexpr struct {
 enum LossName { CROSS_ENTROPY };
 constexpr const char *LOSSES[] = {"cross_entropy"};
 
-enum RuleName { ADAM, SGD, HEAVY_BALL, NESTEROV };
+enum RuleName { ADAM, SGD, HEAVY_BALL, NESTEROV };  // HEAVY_BALL is "momentum": MOMENTUM is a place
 constexpr const char *RULES[] = {"adam", "sgd", "momentum", "nesterov"};
 
 // The places in a row of the optimizer's table.
@@ -62,7 +62,7 @@ struct Rule {
     bool coupled, decoupled, maximize;
 };
 
-// A weight or a bias; all that the rule has none of, and a missing bias, are null.
+// A weight or a bias. Null stands for a missing bias, and for state that the rule does not keep.
 template <class T>
 struct Parameter {
     T *weight, *first, *second;  // the numbers, and their state

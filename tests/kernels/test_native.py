@@ -324,7 +324,7 @@ def test_steps_follow_the_order_and_the_table(machine: str, dtype: torch.dtype, 
 
 @each_machine
 @pytest.mark.parametrize("batch", [3, 33])
-def test_bits_repeat_and_depend_on_nothing_around(machine: str, batch: int) -> None:
+def test_bits_repeat(machine: str, batch: int) -> None:
     """Not on the chunks, the strides or the other rows: losses of rows that are alone, and in a batch."""
     runs = []
     starts = [*range(0, 50, batch), 50]

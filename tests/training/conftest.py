@@ -33,4 +33,4 @@ def serve_natively(monkeypatch: pytest.MonkeyPatch) -> None:
     if not native.MACHINES:
         pytest.skip("the native engine was not built")
     monkeypatch.setattr(plan, "on_plain_cpu", lambda x: x.is_cpu)
-    monkeypatch.setattr(native, "MOST_PRODUCTS", (2**62, 2**62))
+    monkeypatch.setattr(native, "most_products", lambda threads, fused: 2**62)

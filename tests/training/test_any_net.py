@@ -41,7 +41,7 @@ def jobs(draw: Any, most: int) -> dict[str, Any]:
         "sizes": [*sizes, draw(st.integers(2, 20))],
         "activations": [draw(st.sampled_from(sorted(MODULES))) for _ in range(depth)],
         "biases": [draw(st.booleans()) for _ in range(depth)],
-        "make": draw(st.sampled_from(sorted(set(OPTIMIZERS) - {"Adam, lr a tensor"}))),
+        "make": draw(st.sampled_from([o for o in OPTIMIZERS if "groups" not in o and o != "Adam, lr a tensor"])),
         "batch_size": draw(st.integers(1, 40)),
         "double": draw(st.booleans()),
         "label_smoothing": draw(st.sampled_from([0.0, 0.1])),
@@ -69,7 +69,7 @@ def check(job: dict[str, Any], device: str, steps: int) -> None:
     x, targets = data(device, 40, job["sizes"][0], job["sizes"][-1])
     if job["double"]:
         model, x = model.double(), x.double()
-    make: Any = OPTIMIZERS[job["make"]] if job["double"] and "groups" not in job["make"] else BLUNT
+    make: Any = OPTIMIZERS[job["make"]] if job["double"] else BLUNT  # in float32 others may blow up what is rounding
     arguments: dict[str, Any] = {
         "steps": steps, "batch_size": job["batch_size"], "make": make,
         "criterion": nn.CrossEntropyLoss(label_smoothing=job["label_smoothing"]),

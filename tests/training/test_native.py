@@ -24,7 +24,8 @@ from torch.overrides import TorchFunctionMode
 import fusednn
 from fusednn import reference, train_steps
 from fusednn.training import plan
-from fusednn.training.engines.native import MACHINES, MOST_PRODUCTS, Native
+from fusednn.training.engines import native as engine_of_cpus
+from fusednn.training.engines.native import MACHINES, Native
 
 from .conftest import serve_natively
 from .runs import adam, assert_alike, data, net, train
@@ -309,18 +310,37 @@ def test_who_serves_a_plain_cpu(case: str, answer: str) -> None:
     assert answer in result.stdout, result.stderr
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_a_large_net_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
-    """Sooner where PyTorch has more than one thread."""
+@pytest.mark.parametrize(("threads", "fused"), [(1, False), (2, False), (2, True), (8, False)])
+def test_a_large_net_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch, threads: int, fused: bool) -> None:
+    """Sooner where PyTorch has more than one thread, and where the optimizer is fused."""
     monkeypatch.undo()
     monkeypatch.setattr(plan, "on_plain_cpu", lambda x: x.is_cpu)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    most = MOST_PRODUCTS[threads - 1] // (3 * 32 * 20)
+    most = engine_of_cpus.most_products(threads, fused) // (3 * 320 * 20)
     for hidden, engine in ((most, "native"), (most + 1, "looped")):
         model = net("cpu", (10, hidden, 10))
-        decision = fusednn.explain(train_steps, model, adam(model.parameters()), *data("cpu", 32, 10), steps=1)[0]
+        optimizer = torch.optim.Adam(model.parameters(), fused=fused)
+        given: dict[str, Any] = {"steps": 1, "batch_size": 320}
+        decision = fusednn.explain(train_steps, model, optimizer, *data("cpu", 320, 10), **given)[0]
         assert decision.implementation == engine
         assert ("PyTorch's own products are quicker" in decision.reason) == (engine == "looped")
+
+
+def test_limits_on_several_threads() -> None:
+    limits = [engine_of_cpus.most_products(threads, False) for threads in (1, 2, 4, 8)]
+    assert limits == sorted(limits, reverse=True)
+    assert engine_of_cpus.most_products(2, True) * 2 == limits[1]
+
+
+@pytest.mark.parametrize(("rows", "hidden"), [(1, 2**15), (2, 2**17)])
+def test_a_wide_layer_is_left_to_pytorch(rows: int, hidden: int) -> None:
+    """Sooner where there is one row."""
+    for units, engine in ((hidden, "native"), (hidden + 1, "looped")):
+        model = net("cpu", (1, units, 2))
+        given: dict[str, Any] = {"steps": 0, "batch_size": rows}
+        decision = fusednn.explain(train_steps, model, adam(model.parameters()), *data("cpu", 4, 1, 2), **given)[0]
+        assert decision.implementation == engine
+        assert ("so wide that PyTorch is quicker" in decision.reason) == (engine == "looped")
 
 
 def test_the_interpreter_keeps_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,10 +107,9 @@ class Quickstart(nn.Module):
 
 
 class Looping(nn.Module):
-    def __init__(self, *activations: Any) -> None:
+    def __init__(self, depth: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in activations])
-        self.activations = nn.ModuleList(activations)
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(depth)])
         self.head = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -140,7 +139,7 @@ ACTIVE: dict[str, tuple[Any, list[str]]] = {
         lambda: nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(4, 5)), nn.Sequential(nn.Tanh(), nn.Linear(5, 3))),
         ["tanh", "identity"],
     ),
-    "a ModuleList": (lambda: Looping(nn.Tanh(), nn.Tanh()), ["tanh", "tanh", "identity"]),
+    "a ModuleList": (lambda: Looping(2), ["tanh", "tanh", "identity"]),
     "functions and methods": (Spelled, ["tanh", "gelu_tanh", "sigmoid"]),
     "one behind the last": (lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), LinearReLU(5, 3)), ["relu", "relu"]),
     "eight": (lambda: nn.Sequential(*(nn.Linear(4, 4) for _ in range(8))), ["identity"] * 8),

@@ -1,7 +1,8 @@
 """The engine for small nets on a CPU: one call of kernels/native/mlp_training.cpp makes all steps of a chunk.
 
-The C++ code gets addresses and sizes as whole numbers and checks nothing but the labels: all else is checked here and
-in Chunks, for each chunk, since on_chunk may have put other tensors in place. It runs in this thread, without the GIL.
+The C++ code gets addresses and sizes as whole numbers. It checks names, how many there are of everything, and the
+labels. Shapes, dtypes and memory are checked here and in Chunks, for each chunk, since on_chunk may have put other
+tensors in place. It runs in this thread, without the GIL.
 """
 
 import operator
@@ -22,14 +23,33 @@ from .chunks import Chunks, places_of, products_of
 MACHINES: dict[str, int] = {} if native is None else native.machines()
 """The kinds of machine that this one is, of those that there is code for; the last is the best."""
 
-MOST_PRODUCTS = (2**27, 2**26)
-"""Products in a step, counted as in `products_of`, above which PyTorch's loop, on one thread and on several, is quicker
-than the native one, which has one.
+MOST_PRODUCTS = {"AVX-512": 2**30}
+"""Products in a step, counted as in `products_of`, above which PyTorch's loop on one thread is quicker; of others 2^27.
 
-Measured by bench/bench_native.py on an AMD EPYC with AVX2, torch 2.13, float32. Of native's time the loop with fused
-Adam, on one thread and on two, takes 3.1 and 3.0 at 9.8e6 products, 1.8 and 1.4 at 784-512-10 with batch 32 (3.9e7),
-1.5 and 1.1 at 7.8e7, 1.1 to 1.2 and 0.8 to 1.1 at 1.6e8, and 0.9 and 0.8 at 6.2e8. Unmeasured on more threads, with
-AVX-512 and on Arm."""
+Measured by bench/bench_native.py on an AMD EPYC, torch 2.13, float32. Of native's time the loop with fused Adam on one
+thread takes, with AVX-512, 1.5 at 784-512-512-10 with batch 64 (1.3e8 products), 1.2 at 4.0e8 and 5.1e8, 1.1 at 6.2e8
+and 8.1e8, 0.96 to 1.01 at 1.2e9, 0.88 at 2.5e9; with AVX2, by an earlier version, 1.1 to 1.2 at 1.6e8 and 0.9 at 6.2e8.
+"""
+
+MOST_ON_TWO = 2**27
+"""The same where the loop has two threads. With fused Adam it is half of that, and with more threads as much less.
+
+With AVX-512 the loop on two threads takes, with Adam, SGD and fused Adam, 1.1 to 1.6, 1.2 and 0.93 of native's time at
+784-512-512-10 with batch 64, and 1.3 to 1.6, 1.0 and 0.95 at 784-1024-10 with batch 64 (1.6e8); with fused Adam 1.3 at
+5.1e7 and 1.8 at 3.9e7. Unmeasured on more than two threads, and on Arm."""
+
+MOST_UNITS = {True: 2**15, False: 2**17}
+"""Outputs of a layer, of one row and of more, above which the loop is quicker, however few products there are.
+
+On one thread with AVX-512 the loop with SGD takes 1.3 of native's time at 2-30000-2 with one row, 0.97 at 2-50000-2,
+0.85 at 2-100000-2, and there 1.8 with two rows; 0.2 at 1-1000000-2 with one and with eight."""
+
+
+def most_products(threads: int, fused: bool) -> int:
+    """The most products of a step, beside a loop on so many threads, with a fused optimizer or another."""
+    if threads == 1:
+        return MOST_PRODUCTS.get(Native.machine, 2**27)
+    return MOST_ON_TWO * 2 // threads // (2 if fused else 1)
 
 
 class Native(Chunks):
@@ -47,11 +67,13 @@ class Native(Chunks):
 
     @staticmethod
     def refusal(job: Job, net: Net | str) -> str | None:
-        """Why PyTorch's own products are quicker for such a net, or None."""
+        """Why there is no net, or why PyTorch is quicker for it; or None."""
         if isinstance(net, str):
             return net
-        if products_of(job, net) > MOST_PRODUCTS[torch.get_num_threads() > 1]:
-            rows = min(job.batch_size, job.epoch_rows)
+        rows, groups = min(job.batch_size, job.epoch_rows), job.optimizer.param_groups
+        if max(net.sizes[1:]) > MOST_UNITS[rows == 1]:
+            return f"{net} with batches of {rows} is so wide that PyTorch is quicker"
+        if products_of(job, net) > most_products(torch.get_num_threads(), bool(groups[0].get("fused"))):
             return f"{net} with batches of {rows} is so large that PyTorch's own products are quicker"
         return None
 

@@ -42,7 +42,7 @@ class Resident(Chunks):
 
     @staticmethod
     def refusal(job: Job, net: Net | str) -> str | None:
-        """Why one program is not for batches of such a net, or None."""
+        """Why there is no net, or why one program is not for batches of it; or None."""
         if isinstance(net, str):
             return net
         rows, x = min(job.batch_size, job.epoch_rows), job.inputs

@@ -326,7 +326,8 @@ def test_a_large_net_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch, threads
         assert ("PyTorch's own products are quicker" in decision.reason) == (engine == "looped")
 
 
-def test_limits_on_several_threads() -> None:
+def test_limits_on_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
     limits = [engine_of_cpus.most_products(threads, False) for threads in (1, 2, 4, 8)]
     assert limits == sorted(limits, reverse=True)
     assert engine_of_cpus.most_products(2, True) * 2 == limits[1]

@@ -33,7 +33,7 @@ def test_simple_nn_in_bfloat16() -> None:
 
 def test_the_training_loop_of_the_textbook_net() -> None:
     """Nothing spills."""
-    table = check("--kernels", "64-128-10 batch 32 default", "--targets", "sm_80,sm_90,sm_100")
+    table = check("--kernels", "fp32 64-128-10 batch 32 default", "--targets", "sm_80,sm_90,sm_100")
     lines = [line for line in table.splitlines() if line.startswith("mlp_training")]
     assert len(lines) == 6
     for line in lines:

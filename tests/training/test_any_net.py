@@ -289,3 +289,18 @@ def test_infinite_numbers_go_where_the_loop_sends_them(name: str, depth: int, de
             for loop in (train_steps, reference.train_steps)
         )
         assert_alike(ours, theirs)
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_rows_that_are_not_there_leave_biases_as_they_are(depth: int, device: str) -> None:
+    """An empty batch has no gradient, whatever a weight is: here infinite, which 0 makes NaN."""
+    x, targets = data(device, 4, 5, 3)
+    model: Any = chain(device, [*[5, 3, 4][:depth], 3], ["tanh"] * (depth - 1) + ["identity"], [True] * depth)
+    with torch.no_grad():
+        model[2].weight[0, 0] = model[-2].weight[0, 0] = float("inf")
+    ours, theirs = (
+        train(loop, model, x[:0], targets[:0], make=lambda p: SGD(p, lr=0.1), steps=1)
+        for loop in (train_steps, reference.train_steps)
+    )
+    assert ours.engine == one_call(device)
+    assert_alike(ours, theirs)

@@ -25,6 +25,21 @@ def net(device: str, sizes: tuple[int, int, int] = (INPUTS, HIDDEN, OUTPUTS), bi
         return nn.Sequential(*layers).to(device)
 
 
+class Quickstart(nn.Module):
+    """PyTorch's own first net."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.flatten = nn.Flatten()
+        self.linear_relu_stack = nn.Sequential(
+            nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs)
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.flatten(x)
+        return self.linear_relu_stack(x)
+
+
 def data(device: str, rows: int = ROWS, inputs: int = INPUTS, outputs: int = OUTPUTS) -> tuple[Tensor, Tensor]:
     """Random inputs and labels, always the same."""
     generator = torch.Generator().manual_seed(2)

@@ -12,7 +12,7 @@ from torch.optim import SGD, Adam
 import fusednn
 from fusednn import reference, train_steps
 
-from .runs import adam, assert_alike, data, one_call, train
+from .runs import Quickstart, adam, assert_alike, data, one_call, train
 from .test_train_steps import BLUNT, OPTIMIZERS
 
 MODULES: dict[str, Any] = {
@@ -98,21 +98,6 @@ def test_as_the_loop_at_random(device: str, request: pytest.FixtureRequest) -> N
     run()
 
 
-class Quickstart(nn.Module):
-    """PyTorch's own first net."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flatten = nn.Flatten()
-        self.linear_relu_stack = nn.Sequential(
-            nn.Linear(28 * 28, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)
-        )  # fmt: skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.flatten(x)
-        return self.linear_relu_stack(x)
-
-
 class Listed(nn.Module):
     """A loop over a ModuleList, a view in front, and functions as activations."""
 
@@ -129,7 +114,7 @@ class Listed(nn.Module):
 
 
 SERVED: dict[str, tuple[Any, tuple[int, ...]]] = {
-    "the quickstart": (Quickstart, (1, 28, 28)),
+    "the quickstart": (lambda: Quickstart(28 * 28, 512, 10), (1, 28, 28)),
     "nn.Linear alone": (lambda: nn.Linear(16, 10), (16,)),
     "Sequentials in one": (
         lambda: nn.Sequential(nn.Sequential(nn.Linear(16, 8), nn.Tanh()), nn.Sequential(nn.Linear(8, 10))), (16,)

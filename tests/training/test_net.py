@@ -18,7 +18,7 @@ from fusednn import Linear, LinearReLU, SimpleNN, fuse, reference
 from fusednn.kernels.step import Activation
 from fusednn.training.net import Net, read_pure
 
-from .runs import compute, find_net
+from .runs import Quickstart, compute, find_net
 
 
 class Custom(nn.Module):
@@ -91,21 +91,6 @@ def test_found(name: str) -> None:
     torch.testing.assert_close(model(x), compute(net, x))
 
 
-class Quickstart(nn.Module):
-    """PyTorch's own first net."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flatten = nn.Flatten()
-        self.linear_relu_stack = nn.Sequential(
-            nn.Linear(2 * 2, 7), nn.ReLU(), nn.Linear(7, 7), nn.ReLU(), nn.Linear(7, 3)
-        )  # fmt: skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.flatten(x)
-        return self.linear_relu_stack(x)
-
-
 class Looping(nn.Module):
     def __init__(self, depth: int) -> None:
         super().__init__()
@@ -134,7 +119,7 @@ class Spelled(nn.Module):
 ACTIVE: dict[str, tuple[Any, list[str]]] = {
     "one layer": (lambda: nn.Linear(4, 3), ["identity"]),
     "no activation": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)), ["identity", "identity"]),
-    "the quickstart": (Quickstart, ["relu", "relu", "identity"]),
+    "the quickstart": (lambda: Quickstart(2 * 2, 7, 3), ["relu", "relu", "identity"]),
     "Sequentials in one": (
         lambda: nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(4, 5)), nn.Sequential(nn.Tanh(), nn.Linear(5, 3))),
         ["tanh", "identity"],

@@ -97,9 +97,12 @@ def times_slope(dh, s, ACTIVATION: tl.constexpr):
 
 
 @triton.constexpr_function
-def reads_before(activation, before):
-    """Whether the slope is read off the number before. `before` is BEFORE: so Triton's key of a kernel contains it."""
-    return activation.name in before
+def reads_before(name, before):
+    """Whether the slope is read off the number before. `before` is BEFORE: so Triton's key of a kernel contains it.
+
+    Called with the name: of a NamedTuple Triton 3.6 makes a tuple without names.
+    """
+    return name in before
 
 
 @triton.jit

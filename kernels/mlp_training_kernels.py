@@ -118,7 +118,7 @@ def hidden_tile(
         h = tl.where((offs_n < N)[None, :], h, 0.0)
     offs, mask = offs_b[:, None] * N + offs_n[None, :], mask_b[:, None] & (offs_n < N)[None, :]
     tl.store(hidden[LAYER] + offs, h, mask=mask)
-    if reads_before(ACTIVATION, BEFORE):
+    if reads_before(ACTIVATION.name, BEFORE):
         tl.store(slopes[LAYER] + offs, slope(z, ACTIVATION), mask=mask)
     return h
 
@@ -175,7 +175,7 @@ def forward_tile(
 
     y = value(z, ACTIVATION)
     loss, weight, dy, valid, right = loss_of(y, data, rows, mask_b, offs_o, ignore_index, smoothing, O, LOSS)
-    a = z if reads_before(ACTIVATION, BEFORE) else y
+    a = z if reads_before(ACTIVATION.name, BEFORE) else y
     dz = times_slope(dy, slope(a, ACTIVATION), ACTIVATION)
     dz = tl.where(mask_b[:, None] & (offs_o < O)[None, :], dz, 0.0)
     tl.store(gradients[0] + offs_b[:, None] * BLOCK_O + offs_o[None, :], dz, mask=mask_b[:, None])
@@ -208,14 +208,14 @@ def dz_place(hidden, gradients, LAYER: tl.constexpr, LAYERS: tl.constexpr):
 def slope_at_values(h, LAYER: tl.constexpr, STEP: tl.constexpr):
     """The slope where it is read off the values h. Asked for before a product, or Triton moves it there, and not h."""
     ACTIVATION: tl.constexpr = STEP.activations[LAYER]
-    return h if reads_before(ACTIVATION, BEFORE) else slope(h, ACTIVATION)  # h: of no use, the slope is kept
+    return h if reads_before(ACTIVATION.name, BEFORE) else slope(h, ACTIVATION)  # h: of no use, the slope is kept
 
 
 @triton.jit
 def hidden_gradient(dh, s, slopes, offs, mask, LAYER: tl.constexpr, STEP: tl.constexpr):
     """dz of a hidden layer from the gradient of its values, and their slope_at_values."""
     ACTIVATION: tl.constexpr = STEP.activations[LAYER]
-    if reads_before(ACTIVATION, BEFORE):
+    if reads_before(ACTIVATION.name, BEFORE):
         dz = dh * tl.load(slopes[LAYER] + offs, mask=mask, other=0.0)
     else:
         dz = times_slope(dh, s, ACTIVATION)

@@ -47,7 +47,7 @@ def activation_kernel(
     mask = offs < size
     z = tl.load(z_ptr + offs, mask=mask, other=0.0)
     h = activations.value(z, ACTIVATION)
-    a = z if activations.reads_before(ACTIVATION, activations.BEFORE) else h
+    a = z if activations.reads_before(ACTIVATION.name, activations.BEFORE) else h
     dh = tl.load(dh_ptr + offs, mask=mask, other=0.0)
     tl.store(h_ptr + offs, h, mask=mask)
     tl.store(dz_ptr + offs, activations.times_slope(dh, activations.slope(a, ACTIVATION), ACTIVATION), mask=mask)

@@ -52,6 +52,7 @@ NOT_HERE = {
     "test_(compile|opcheck|export)": "torch.compile and fake tensors ask for a driver",
     "autocast": "PyTorch's own autocast for CUDA",
     "tf32_where": "the interpreter multiplies exactly",
+    "betas tensors": "tensors of the CPU say that they are on the GPU too",
 }
 """Patterns of tests that cannot be rehearsed, and why."""
 

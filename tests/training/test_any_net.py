@@ -130,8 +130,9 @@ def test_who_serves(name: str, device: str) -> None:
     x, targets = torch.randn(64, *shape, device=device), torch.randint(10, (64,), device=device)
     optimizer = SGD(model.parameters(), lr=1e-3)
     decision = fusednn.explain(train_steps, model, optimizer, x, targets, batch_size=64, steps=0)[0]
-    assert decision.implementation == one_call(device)
-    if name == "the quickstart" and decision.implementation == "resident":
+    is_large = name == "the quickstart"  # on a GPU a graph is quicker than one program
+    assert decision.implementation == ("captured" if is_large and device == "cuda" else one_call(device))
+    if is_large and decision.implementation == "resident":
         return  # it takes minutes in the interpreter
     ours, theirs = (
         train(loop, model, x, targets, steps=2, make=lambda p: SGD(p, lr=0.1), batch_size=48)

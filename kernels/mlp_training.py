@@ -11,42 +11,64 @@ import torch
 from .cross_entropy import float_bits
 from .launch import Launch, LaunchConfig, launch, plan
 from .linear import precision_of
-from .mlp_training_kernels import Data, Tiles, block, fitted, mlp_training_kernel
+from .mlp_training_kernels import mlp_training_kernel
+from .mlp_training_on_chip import sums_of
+from .mlp_training_tiles import Data, Tiles, block, fitted
 from .step import ACTIVATIONS, Step
 
 CONFIGS = {
     # Of each architecture and precision, rows (most layers, most rows of a batch, most inputs, configuration), the
-    # first that holds: (block_b, block_h, block_i, num_warps, num_stages) with the largest tiles of the batch, hidden
-    # units and inputs of a layer. Unmeasured but for the rows of sm_90 that serve two layers in float32: chosen for the
-    # fewest instructions a step that spill at most 32 bytes.
-    # On an H100 (bench/results), us a step of the row and of the best of the sweep: 64-128-10 at batch 32, TF32 12.3
-    # and 12.2, exact 24.9; at 256, TF32 90 and 79, in tiles that spill where the hidden units are 64; 784-128-10 at
-    # 128, TF32 253 and exact 891, both the best.
+    # first that holds. A configuration is (way, block_b, block_h, block_i, num_warps, num_stages): the way that a step
+    # is made, and the largest tiles of the batch, hidden units and inputs of a layer. On chip ("columns", and "rows" if
+    # the last layer is multiplied as rows of the batch) the batch and each hidden layer are one tile, or the row does
+    # not hold. Chosen by `python -m bench.resources`: of those that spill least the fewest instructions and barriers.
+    # On chip nothing is measured on a GPU yet. On an H100 (bench/results), us a step of streamed rows, with barriers
+    # that are gone since: 64-128-10 at batch 32, TF32 12.3, exact 24.9; at 256, TF32 90, and 79 in tiles that spill
+    # where the hidden units are 64; 784-128-10 at 128, TF32 253 and exact 891, both the best of a sweep.
     ("sm_90", "tf32"): (
-        (2, 32, None, (32, 128, 64, 8, 2)), (2, None, 64, (64, 32, 64, 8, 1)), (3, None, None, (64, 64, 64, 8, 1)),
-        (None, None, None, (32, 64, 64, 8, 1)),
+        (2, None, None, ("columns", 128, 128, 64, 8, 1)), (3, None, None, ("columns", 32, 64, 64, 8, 1)),
+        (2, 32, None, ("streamed", 32, 128, 64, 8, 2)), (2, None, 64, ("streamed", 64, 32, 64, 8, 1)),
+        (3, None, None, ("streamed", 64, 64, 64, 8, 1)), (None, None, None, ("streamed", 32, 64, 64, 8, 1)),
     ),
     ("sm_100", "tf32"): (
-        (2, 32, None, (32, 128, 64, 8, 1)), (4, None, None, (64, 64, 64, 8, 1)), (None, None, None, (32, 16, 64, 8, 1)),
+        (2, None, None, ("columns", 64, 128, 64, 8, 1)), (3, None, None, ("columns", 64, 64, 64, 8, 1)),
+        (2, 32, None, ("streamed", 32, 128, 64, 8, 1)), (4, None, None, ("streamed", 64, 64, 64, 8, 1)),
+        (None, None, None, ("streamed", 32, 16, 64, 8, 1)),
     ),
     ("sm_80", "tf32"): (
-        (2, 32, None, (32, 64, 64, 8, 1)), (3, None, None, (64, 64, 64, 8, 1)), (None, None, None, (32, 32, 64, 8, 1)),
+        (2, None, None, ("rows", 32, 128, 64, 8, 1)), (2, None, None, ("rows", 64, 64, 64, 8, 1)),
+        (3, None, None, ("rows", 32, 64, 64, 8, 1)),
+        (2, 32, None, ("streamed", 32, 64, 64, 8, 1)), (3, None, None, ("streamed", 64, 64, 64, 8, 1)),
+        (None, None, None, ("streamed", 32, 32, 64, 8, 1)),
     ),
-    ("sm_90", "ieee"): ((2, None, None, (32, 64, 64, 8, 1)), (None, None, None, (32, 32, 64, 8, 1))),
+    ("sm_90", "ieee"): (
+        (2, None, None, ("columns", 32, 128, 64, 8, 1)), (3, None, None, ("columns", 32, 64, 64, 8, 1)),
+        (None, None, None, ("columns", 32, 32, 64, 8, 1)),
+        (2, None, None, ("streamed", 32, 64, 64, 8, 1)), (None, None, None, ("streamed", 32, 32, 64, 8, 1)),
+    ),
     ("sm_100", "ieee"): (
-        (2, None, None, (32, 64, 64, 8, 1)), (4, None, None, (32, 32, 64, 8, 1)),
-        (None, None, None, (32, 16, 64, 8, 1)),
+        (2, None, None, ("columns", 32, 128, 32, 8, 1)),
+        (2, None, None, ("streamed", 32, 64, 64, 8, 1)), (4, None, None, ("streamed", 32, 32, 64, 8, 1)),
+        (None, None, None, ("streamed", 32, 16, 64, 8, 1)),
     ),
-    ("sm_80", "ieee"): ((2, None, None, (32, 64, 64, 8, 1)), (None, None, None, (32, 32, 64, 8, 1))),
-    ("other", "ieee"): ((None, None, None, (32, 64, 64, 4, 1)),),
-    ("sm_90", "fp64"): ((None, None, None, (16, 32, 32, 8, 1)),),
-    ("sm_100", "fp64"): ((None, None, None, (16, 32, 32, 8, 1)),),
-    ("sm_80", "fp64"): ((None, None, None, (16, 32, 32, 8, 1)),),
-    ("other", "fp64"): ((None, None, None, (16, 32, 32, 4, 1)),),
+    ("sm_80", "ieee"): (
+        (2, None, None, ("columns", 32, 128, 64, 8, 1)), (3, None, None, ("columns", 32, 64, 64, 8, 1)),
+        (None, None, None, ("columns", 32, 32, 64, 8, 1)),
+        (2, None, None, ("streamed", 32, 64, 64, 8, 1)), (None, None, None, ("streamed", 32, 32, 64, 8, 1)),
+    ),
+    ("other", "ieee"): (
+        (3, None, None, ("columns", 32, 128, 64, 4, 1)), (None, None, None, ("streamed", 32, 64, 64, 4, 1)),
+    ),
+    ("sm_90", "fp64"): ((None, None, None, ("streamed", 16, 32, 32, 8, 1)),),
+    ("sm_100", "fp64"): ((None, None, None, ("streamed", 16, 32, 32, 8, 1)),),
+    ("sm_80", "fp64"): ((None, None, None, ("streamed", 16, 32, 32, 8, 1)),),
+    ("other", "fp64"): (
+        (3, None, None, ("columns", 16, 32, 32, 4, 1)), (None, None, None, ("streamed", 16, 32, 32, 4, 1)),
+    ),
 }  # fmt: skip
 
 MOST_WEIGHTS = 2048
-"""Elements of a tile of the last W, where there are hidden units."""
+"""Elements of a tile of the last W."""
 
 MOST_REGISTERS = 255
 """ptxas may give each thread of an NVIDIA GPU so many. Left alone it keeps to half of them, for a second program that
@@ -56,24 +78,42 @@ REGISTERS = 65536
 """What a multiprocessor of an NVIDIA GPU has for all threads of a program."""
 
 
-def choose(step: Step, batch: int, architecture: str, precision: str) -> tuple[int, ...]:
-    """The row of the table for a net and the rows of its batch."""
+Config = tuple[str, int, int, int, int, int]
+"""Of a row of the table."""
+
+
+def choose(step: Step, batch: int, architecture: str, precision: str) -> Config:
+    """The configuration for a net and the rows of its batch."""
     given = (step.layers, batch, step.sizes[0])
     for *most, config in CONFIGS[architecture, precision]:
-        if all(limit is None or size <= limit for limit, size in zip(most, given, strict=True)):
+        holds = all(limit is None or size <= limit for limit, size in zip(most, given, strict=True))
+        if holds and (config[0] == "streamed" or fits_on_chip(config, step, batch)):
             return config
     raise AssertionError("the last row holds every size")
 
 
-def tiles(config: tuple[int, ...], step: Step, batch: int, precision: str) -> Tiles:
+def fits_on_chip(config: Config, step: Step, batch: int) -> bool:
+    """Whether the batch, each hidden layer and the last W are one tile each."""
+    hidden = max(step.sizes[1:-1], default=1)
+    return batch <= config[1] and hidden <= config[2] and block(hidden) * outputs_on_chip(step) <= MOST_WEIGHTS
+
+
+def outputs_on_chip(step: Step) -> int:
+    """The tile of the outputs, with the sums over the batch that are packed into it."""
+    return int(block(step.sizes[-1] + sums_of(step.loss.weighted, step.accuracy)))
+
+
+def tiles(config: Config, step: Step, batch: int, precision: str) -> Tiles:
     """The tiles of a configuration, no larger than the net and the batch."""
+    way, *most = config
+    hidden = max(step.sizes[1:-1], default=1)
+    inputs = step.sizes[0] if way != "streamed" else max(step.sizes[: max(1, step.layers - 1)])
+    block_b, block_h, block_i = (fitted(*pair) for pair in zip(most, (batch, hidden, inputs), strict=False))
+    if way != "streamed":
+        return Tiles(block_b, block_h, block_i, outputs_on_chip(step), True, precision, True, way == "rows")
     block_o = block(step.sizes[-1])
-    hidden, inputs = max(step.sizes[1:-1], default=1), max(step.sizes[: max(1, step.layers - 1)])
-    block_b, block_h, block_i = (
-        fitted(most, size) for most, size in zip(config, (batch, hidden, inputs), strict=False)
-    )
     block_h = min(block_h, max(16, MOST_WEIGHTS // block_o))
-    return Tiles(block_b, block_h, block_i, block_o, batch <= block_b, precision)
+    return Tiles(block_b, block_h, block_i, block_o, batch <= block_b, precision, False, False)
 
 
 def architecture_of(x: torch.Tensor) -> str:
@@ -88,10 +128,22 @@ def architecture_of(x: torch.Tensor) -> str:
 def plan_training(step: Step, batch: int, architecture: str, dtype: torch.dtype, precision: str) -> Launch:
     """The launch of mlp_training_kernel."""
     config = choose(step, batch, architecture, "fp64" if dtype == torch.float64 else precision)
-    cut, (warps, stages) = tiles(config, step, batch, precision), config[3:]
+    cut, (warps, stages) = tiles(config, step, batch, precision), config[4:]
     most_registers = None if architecture == "other" else min(MOST_REGISTERS, REGISTERS // (32 * warps))
     launched = LaunchConfig(cut.batch, cut.hidden, cut.inputs, warps, stages, most_registers)
     return plan(1, launched, STEP=step, TILES=cut)
+
+
+def buffers(x: torch.Tensor, step: Step, batch: int, cut: Tiles) -> tuple[tuple[torch.Tensor, ...], ...]:
+    """What a streamed step hands from one part to the next: hidden, slopes and gradients; on chip nothing."""
+    if cut.on_chip:
+        return (), (), ()
+    hidden = tuple(x.new_empty(batch, size) for size in step.sizes[1:-1])
+    before = (ACTIVATIONS[activation.name].before for activation in step.activations)
+    slopes = tuple(torch.empty_like(h) if kept else h for h, kept in zip(hidden, before, strict=False))
+    widest = max(step.sizes[1:-2], default=0)  # of the layers whose dz comes in no place of values
+    turns = tuple(x.new_empty(batch, widest) for _ in range(min(2, step.layers - 2)))
+    return hidden, slopes, (x.new_empty(batch, cut.outputs), *turns)
 
 
 def train_mlp(
@@ -121,17 +173,13 @@ def train_mlp(
     steps, batch = table.shape[0], min(batch_size, max(1, epoch_rows))
     planned = plan_training(step, batch, architecture_of(x), x.dtype, precision_of(x))
     losses, accuracies = x.new_empty(steps), x.new_empty(steps if step.accuracy else 0)
-    hidden = tuple(x.new_empty(batch, size) for size in step.sizes[1:-1])
-    before = (ACTIVATIONS[activation.name].before for activation in step.activations)
-    slopes = tuple(torch.empty_like(h) if kept else h for h, kept in zip(hidden, before, strict=False))
-    widest = max(step.sizes[1:-2], default=0)  # of the layers whose dz comes in no place of values
-    turns = tuple(x.new_empty(batch, widest) for _ in range(min(2, step.layers - 2)))
-    gradients = (x.new_empty(batch, planned.options["TILES"].outputs), *turns)
+    hidden, slopes, gradients = buffers(x, step, batch, planned.options["TILES"])
     nothing = weights[0]  # in the place of what is not there
     groups = [tuple(nothing if tensor is None else tensor for tensor in group) for group in (weights, firsts, seconds)]
     data = Data(x, targets, order, nothing if class_weight is None else class_weight, *x.stride(), *targets.stride())
     launch(
-        mlp_training_kernel, planned, table, data, *groups, hidden or (nothing,), slopes or (nothing,), gradients,
-        (losses, accuracies), epoch_rows, batch, position, steps, ignore_index, float_bits(label_smoothing),
+        mlp_training_kernel, planned, table, data, *groups, hidden or (nothing,), slopes or (nothing,),
+        gradients or (nothing,), (losses, accuracies), epoch_rows, batch, position, steps, ignore_index,
+        float_bits(label_smoothing),
     )  # fmt: skip
     return losses, accuracies

@@ -5,10 +5,11 @@
 
 What a step is, is one value, a `Step` (step.py), and how it is cut another, `Tiles`: both are compile-time arguments.
 
-A step gathers its rows of x through the order of the epoch. Tiles of the batch, of the hidden units and of the inputs
-of a layer are what is held in registers; all outputs are one tile. Parameters and the state of the optimizer lie in
-global memory, from where a small net never leaves the L1 cache of the one SM and a larger one streams from L2: held in
-registers they spill, at 64-128-10 even where they fit. What a step hands from one part to the next lies beside them:
+A step gathers its rows of x through the order of the epoch. Parameters and the state of the optimizer lie in global
+memory, from where a small net never leaves the L1 cache of the one SM and a larger one streams from L2. Where the batch
+and each hidden layer are one tile, all else stays on chip (mlp_training_on_chip.py). Otherwise tiles of the batch, of
+the hidden units and of the inputs of a layer are what is held in registers, and all outputs are one tile: the step is
+streamed. What it hands from one part to the next then lies beside the parameters:
 
     hidden      the values of each hidden layer; in place of the last one's comes its dz, tile by tile
     slopes      of the activations whose slope is read off the number before. Computing them again in backward costs
@@ -20,61 +21,24 @@ Nothing is added up in an order that could change, so the bits repeat.
 One program has several threads, and each barrier below stands between a store and a load of the same memory by others.
 """
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
 from .activations import BEFORE, reads_before, slope, times_slope, value
 from .losses import loss_of
-from .updates import ROW, update
-
-
-class Tiles(NamedTuple):
-    """The most rows of the batch, hidden units and inputs of a layer in a tile, and all outputs; whether a batch is one
-    tile; the precision of products."""
-
-    batch: int
-    hidden: int
-    inputs: int
-    outputs: int
-    one_batch: bool
-    precision: str
-
-
-class Data(NamedTuple):
-    """x [N, I], targets [N], the rows of the steps one by one, and class weights [O], or any tensor for none."""
-
-    x: Any
-    targets: Any
-    order: Any
-    class_weight: Any
-    stride_xm: int
-    stride_xi: int
-    stride_t: int
-
-
-@triton.constexpr_function
-def block(size):
-    """The tile that holds `size` rows or columns: tl.dot takes none with fewer than 16."""
-    return max(16, triton.next_power_of_2(size))
-
-
-@triton.constexpr_function
-def fitted(most, size):
-    """The tile of a layer with `size` units: no larger than `most`, or than there are."""
-    return min(most, block(size))
+from .mlp_training_on_chip import train_layers
+from .mlp_training_tiles import fitted, load_x, step_on
+from .updates import ROW
 
 
 @triton.jit
 def load_inputs(data, hidden, rows, offs_b, mask_b, offs_k, LAYER: tl.constexpr, STEP: tl.constexpr):
     """Inputs `offs_k` of a layer: of the rows of x, or the values of the layer before."""
     K: tl.constexpr = STEP.sizes[LAYER]
-    mask = mask_b[:, None] & (offs_k < K)[None, :]
     if LAYER == 0:
-        x_ptrs = data.x + (rows * data.stride_xm)[:, None] + (offs_k.to(tl.int64) * data.stride_xi)[None, :]
-        a = tl.load(x_ptrs, mask=mask, other=0.0)
+        a = load_x(data, rows, mask_b, offs_k, K)
     else:
+        mask = mask_b[:, None] & (offs_k < K)[None, :]
         a = tl.load(hidden[LAYER - 1] + offs_b[:, None] * K + offs_k[None, :], mask=mask, other=0.0)
     return a
 
@@ -181,15 +145,6 @@ def forward_tile(
     tl.store(gradients[0] + offs_b[:, None] * BLOCK_O + offs_o[None, :], dz, mask=mask_b[:, None])
     counted, rights = tl.sum(valid.to(dtype)), tl.sum(right.to(dtype))
     return tl.sum(loss), tl.sum(weight), tl.sum(dz, axis=0), counted, rights
-
-
-@triton.jit
-def step_on(parameters, PARAMETER: tl.constexpr, offs, mask, g, row_ptr, STEP: tl.constexpr):
-    """The optimizer's step on some elements of a parameter; their order is W1, b1, W2, b2, ..."""
-    RULE: tl.constexpr = STEP.rule
-    weights, firsts, seconds = parameters
-    row_ptr += PARAMETER * ROW
-    update(weights[PARAMETER], firsts[PARAMETER], seconds[PARAMETER], offs, mask, g, row_ptr, RULE)
 
 
 @triton.jit
@@ -373,6 +328,56 @@ def backward(
             backward_input(data, parameters, hidden, gradients, order_ptr, row_ptr, n, size, scale, STEP, TILES)
 
 
+@triton.jit
+def streamed_step(
+    data, parameters, hidden, slopes, gradients, order_ptr, row_ptr, trace, size, ignore_index, smoothing,
+    STEP: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """A step on the `size` rows from `order_ptr` on, tile by tile."""
+    LAYERS: tl.constexpr = len(STEP.biases)
+    O: tl.constexpr = STEP.sizes[LAYERS]
+    BLOCK_B: tl.constexpr = TILES.batch
+    BLOCK_O: tl.constexpr = TILES.outputs
+    dtype: tl.constexpr = gradients[0].dtype.element_ty
+    zero = tl.full((), 0, dtype)
+    loss, weight, counted, right = zero, zero, zero, zero
+    db = tl.zeros((BLOCK_O,), dtype)
+    for b in range(0, BLOCK_B if TILES.one_batch else size, BLOCK_B):
+        offs_b = b + tl.arange(0, BLOCK_B)
+        mask_b = offs_b < size
+        rows = tl.load(order_ptr + offs_b, mask=mask_b, other=0)
+        loss_b, weight_b, db_b, counted_b, right_b = forward_tile(
+            data, parameters[0], hidden, slopes, gradients, rows, offs_b, mask_b, ignore_index, smoothing, STEP, TILES
+        )
+        loss, weight, db, counted, right = (
+            loss + loss_b, weight + weight_b, db + db_b, counted + counted_b, right + right_b
+        )  # fmt: skip
+    losses_ptr, accuracies_ptr = trace
+    tl.store(losses_ptr, loss / weight if STEP.loss.mean else loss)
+    if STEP.accuracy:
+        tl.store(accuracies_ptr, right / counted)
+    one = tl.full((), 1.0, dtype)
+    scale = tl.where(counted > 0, 1.0 / weight, 1.0) if STEP.loss.mean else one  # no rows: no gradient
+    tl.debug_barrier()  # hidden and dz are there, and the parameters were read
+
+    backward(data, parameters, hidden, slopes, gradients, order_ptr, row_ptr, size, scale, STEP, TILES)
+    if STEP.biases[LAYERS - 1]:
+        offs_o = tl.arange(0, BLOCK_O)
+        step_on(parameters, 2 * LAYERS - 1, offs_o, offs_o < O, db * scale, row_ptr, STEP)
+
+
+@triton.jit
+def on_chip_step(
+    data, parameters, order_ptr, row_ptr, trace, size, ignore_index, smoothing, STEP: tl.constexpr, TILES: tl.constexpr
+):
+    """A step on the `size` rows from `order_ptr` on, which are one tile."""
+    offs_b, offs_i = tl.arange(0, TILES.batch), tl.arange(0, fitted(TILES.inputs, STEP.sizes[0]))
+    mask_b = offs_b < size
+    rows = tl.load(order_ptr + offs_b, mask=mask_b, other=0)
+    x = load_x(data, rows, mask_b, offs_i, STEP.sizes[0])  # if there are more, train_layers loads its own
+    train_layers(data, parameters, tl.trans(x), rows, mask_b, row_ptr, trace, ignore_index, smoothing, 0, STEP, TILES)
+
+
 @triton.jit(do_not_specialize=["epoch_rows", "batch_size", "position", "steps", "ignore_index", "smoothing"])
 def mlp_training_kernel(
     table_ptr, data, weights, firsts, seconds, hidden, slopes, gradients, traces,
@@ -384,39 +389,19 @@ def mlp_training_kernel(
     table has a row for each step and parameter.
     """
     LAYERS: tl.constexpr = len(STEP.biases)
-    O: tl.constexpr = STEP.sizes[LAYERS]
-    BLOCK_B: tl.constexpr = TILES.batch
-    BLOCK_O: tl.constexpr = TILES.outputs
-    dtype: tl.constexpr = table_ptr.dtype.element_ty
     parameters = (weights, firsts, seconds)
     order_ptr = data.order
     for step in tl.range(steps, num_stages=1):  # no load may come before a store of the step before
         size = tl.minimum(batch_size, epoch_rows - position)
-        zero = tl.full((), 0, dtype)
-        loss, weight, counted, right = zero, zero, zero, zero
-        db = tl.zeros((BLOCK_O,), dtype)
-        for b in range(0, BLOCK_B if TILES.one_batch else size, BLOCK_B):
-            offs_b = b + tl.arange(0, BLOCK_B)
-            mask_b = offs_b < size
-            rows = tl.load(order_ptr + offs_b, mask=mask_b, other=0)
-            loss_b, weight_b, db_b, counted_b, right_b = forward_tile(
-                data, weights, hidden, slopes, gradients, rows, offs_b, mask_b, ignore_index, smoothing, STEP, TILES
-            )
-            loss, weight, db, counted, right = (
-                loss + loss_b, weight + weight_b, db + db_b, counted + counted_b, right + right_b
-            )  # fmt: skip
-        tl.store(traces[0] + step, loss / weight if STEP.loss.mean else loss)
-        if STEP.accuracy:
-            tl.store(traces[1] + step, right / counted)
-        one = tl.full((), 1.0, dtype)
-        scale = tl.where(counted > 0, 1.0 / weight, 1.0) if STEP.loss.mean else one  # no rows: no gradient
         row_ptr = table_ptr + step * (2 * LAYERS * ROW)
-        tl.debug_barrier()  # hidden and dz are there, and the parameters were read
-
-        backward(data, parameters, hidden, slopes, gradients, order_ptr, row_ptr, size, scale, STEP, TILES)
-        if STEP.biases[LAYERS - 1]:
-            offs_o = tl.arange(0, BLOCK_O)
-            step_on(parameters, 2 * LAYERS - 1, offs_o, offs_o < O, db * scale, row_ptr, STEP)
+        trace = (traces[0] + step, traces[1] + step)
+        if TILES.on_chip:
+            on_chip_step(data, parameters, order_ptr, row_ptr, trace, size, ignore_index, smoothing, STEP, TILES)
+        else:
+            streamed_step(
+                data, parameters, hidden, slopes, gradients, order_ptr, row_ptr, trace, size, ignore_index, smoothing,
+                STEP, TILES,
+            )  # fmt: skip
         order_ptr += size
         position = tl.where(position + size >= epoch_rows, 0, position + size)
         tl.debug_barrier()  # the parameters are there, and hidden and dz were read

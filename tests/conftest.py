@@ -92,7 +92,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(cross_entropy, "MOST_SCALERS", 2)
     monkeypatch.setattr(cross_entropy, "MOST_COUNTS", 4)
     for key in mlp_training.CONFIGS:
-        monkeypatch.setitem(mlp_training.CONFIGS, key, ((None, None, None, (16, 16, 16, 4, 1)),))
+        monkeypatch.setitem(mlp_training.CONFIGS, key, ((None, None, None, ("streamed", 16, 16, 16, 4, 1)),))
     monkeypatch.setattr(updates, "STEP_CONFIG", LaunchConfig(1, 16))
     kernels = (linear, cross_entropy, mlp_training, updates)
     _clear_plans(*kernels)

@@ -29,11 +29,17 @@ def describe(sizes: Sequence[int], names: Sequence[str], biases: Sequence[bool] 
 PLAIN = describe((INPUTS, HIDDEN, OUTPUTS), ("relu", "identity"), accuracy=True)
 
 
-@pytest.fixture(params=["one tile each", "several"], autouse=True)
+WAYS: dict[str, mlp_training.Config] = {
+    "one tile each": ("streamed", 64, 64, 64, 4, 1), "several": ("streamed", 16, 16, 16, 4, 1),
+    "on chip": ("columns", 64, 64, 64, 4, 1), "on chip, as rows": ("rows", 64, 64, 16, 4, 1),
+}  # fmt: skip
+"""Configurations: the last has several tiles of the inputs."""
+
+
+@pytest.fixture(params=WAYS, autouse=True)
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    block = 64 if request.param == "one tile each" else 16
     for key in mlp_training.CONFIGS:
-        monkeypatch.setitem(mlp_training.CONFIGS, key, ((None, None, None, (block, block, block, 4, 1)),))
+        monkeypatch.setitem(mlp_training.CONFIGS, key, ((None, None, None, WAYS[request.param]),))
     mlp_training.plan_training.cache_clear()
     yield request.param
     mlp_training.plan_training.cache_clear()
@@ -167,8 +173,11 @@ def test_cross_entropy_with(device: str, name: str) -> None:
     loss_of = Loss("cross_entropy", "reduction" not in given, "weight" in given, "label_smoothing" in given)
     arguments = {key: value for key, value in given.items() if key in ("label_smoothing", "ignore_index")}
     table = rows_of({0: 1.0}, device=device)
-    losses, _ = net.train(table, PLAIN._replace(loss=loss_of), class_weight=given.get("weight"), **arguments)
+    right = net.outputs(net.order[:33], net.w).argmax(1) == net.targets[net.order[:33]]
+    counted = net.targets[net.order[:33]] != given.get("ignore_index", -100)
+    losses, accuracies = net.train(table, PLAIN._replace(loss=loss_of), class_weight=given.get("weight"), **arguments)
     assert_near(losses[0], loss)
+    assert_near(accuracies[0], right[counted].double().mean())
     for old, new, grad in zip(before, net.w, grads, strict=True):
         assert_near(old - new, grad)
 
@@ -257,6 +266,18 @@ def test_nan_goes_where_autograd_sends_it(device: str) -> None:
         torch.testing.assert_close((old - new).isnan(), grad.isnan())
 
 
+def test_no_row_counts_that_is_not_in_the_batch(device: str) -> None:
+    """A tile has more rows than the batch; the row in their place is full of NaN."""
+    net = Net(device)
+    net.order = net.order[net.order != 0]
+    net.x[0] = float("nan")
+    _, grads = net.gradients(net.order[:33])
+    before = [p.clone() for p in net.w]
+    net.train(rows_of({0: 1.0}, device=device))
+    for old, new, grad in zip(before, net.w, grads, strict=True):
+        assert_near(old - new, grad)
+
+
 def test_accuracy_takes_the_first_of_equal_logits(device: str) -> None:
     net = Net(device)
     for p in net.w:
@@ -282,8 +303,10 @@ def test_bits_repeat_and_do_not_depend_on_the_chunks(device: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
-def test_every_table_holds_every_size() -> None:
+def test_every_table_holds_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """In one program, and in tiles no smaller than a product may be."""
+    monkeypatch.undo()
+    mlp_training.plan_training.cache_clear()
     nets = [(1, 1, 1), (4096, 4096, 128), (65, 7, 100), (3, 2), (5000, 128), (64, 128, 64, 10), (4, *[64] * 7, 2)]
     for architecture, precision in mlp_training.CONFIGS:
         for sizes in nets:
@@ -298,6 +321,31 @@ def test_every_table_holds_every_size() -> None:
                 assert tiles.one_batch == (batch <= tiles.batch)
                 assert tiles.precision == kind[2]
                 assert launched.grid == (1,)
+                assert not tiles.on_chip or (tiles.one_batch and max(sizes[1:-1], default=0) <= tiles.hidden)
+
+
+def test_what_is_on_chip(tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The net of the goals is, as long as its sums fit into the tile of the outputs."""
+    monkeypatch.undo()
+    mlp_training.plan_training.cache_clear()
+    relu = ["relu", "identity"]
+
+    def cut(sizes: Sequence[int], batch: int, precision: str = "tf32", **more: Any) -> mlp_training.Tiles:
+        step = describe(sizes, relu, **more)
+        found: mlp_training.Tiles = mlp_training.plan_training(step, batch, "sm_90", torch.float32, precision).options[
+            "TILES"
+        ]
+        return found
+
+    for precision in ("tf32", "ieee"):
+        assert cut((64, 128, 10), 32, precision) == (32, 128, 64, 16, True, precision, True, False)
+    assert cut((64, 128, 14), 32).outputs == 16
+    assert cut((64, 128, 14), 32, accuracy=True) == (32, 128, 64, 16, True, "tf32", False, False)  # 17 columns
+    assert cut((64, 64, 14), 32, accuracy=True) == (32, 64, 64, 32, True, "tf32", True, False)
+    assert cut((784, 128, 10), 128).on_chip
+    assert not cut((64, 128, 10), 129).on_chip
+    assert not cut((64, 129, 10), 32).on_chip
+    assert not cut((64, 128, 10), 33, "ieee").on_chip
 
 
 def test_what_differs_is_compiled_apart() -> None:

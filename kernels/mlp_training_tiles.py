@@ -1,0 +1,74 @@
+"""What the two ways to make a training step share (see mlp_training_kernels.py): tiles, loads, the optimizer's step."""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .updates import ROW, update
+
+
+class Tiles(NamedTuple):
+    """The most rows of the batch, hidden units and inputs of a layer in a tile, and all outputs; whether a batch is one
+    tile; the precision of products; whether the step stays on chip, and then multiplies the last layer as rows."""
+
+    batch: int
+    hidden: int
+    inputs: int
+    outputs: int
+    one_batch: bool
+    precision: str
+    on_chip: bool
+    as_rows: bool
+
+
+class Data(NamedTuple):
+    """x [N, I], targets [N], the rows of the steps one by one, and class weights [O], or any tensor for none."""
+
+    x: Any
+    targets: Any
+    order: Any
+    class_weight: Any
+    stride_xm: int
+    stride_xi: int
+    stride_t: int
+
+
+@triton.constexpr_function
+def block(size):
+    """The tile that holds `size` rows or columns: tl.dot takes none with fewer than 16."""
+    return max(16, triton.next_power_of_2(size))
+
+
+@triton.constexpr_function
+def fitted(most, size):
+    """The tile of a layer with `size` units: no larger than `most`, or than there are."""
+    return min(most, block(size))
+
+
+@triton.jit
+def load_x(data, rows, mask_b, offs_i, I: tl.constexpr):
+    """Inputs `offs_i` of rows of x: [BLOCK_B, BLOCK_I]."""
+    ptrs = data.x + (rows * data.stride_xm)[:, None] + (offs_i.to(tl.int64) * data.stride_xi)[None, :]
+    return tl.load(ptrs, mask=mask_b[:, None] & (offs_i < I)[None, :], other=0.0)
+
+
+@triton.jit
+def step_on(parameters, PARAMETER: tl.constexpr, offs, mask, g, row_ptr, STEP: tl.constexpr):
+    """The optimizer's step on some elements of a parameter, whose gradient g is a product, or the sum of one.
+
+    The order of parameters is W1, b1, W2, b2, ... Of the layouts of a product and of memory Triton takes the product's,
+    and would bring w and its state to that and back. Transposed g is no product any more: it alone is brought over.
+    """
+    if len(g.shape) == 1:
+        offs, mask, g = offs[:, None], mask[:, None], g[:, None]
+    step_as_given(parameters, PARAMETER, tl.trans(offs), tl.trans(mask), tl.trans(g), row_ptr, STEP)
+
+
+@triton.jit
+def step_as_given(parameters, PARAMETER: tl.constexpr, offs, mask, g, row_ptr, STEP: tl.constexpr):
+    """`step_on` of a gradient that is transposed already."""
+    RULE: tl.constexpr = STEP.rule
+    weights, firsts, seconds = parameters
+    row_ptr += PARAMETER * ROW
+    update(weights[PARAMETER], firsts[PARAMETER], seconds[PARAMETER], offs, mask, g, row_ptr, RULE)

@@ -7,6 +7,7 @@ so kernel, arguments and options are the launchers' own, and only the JIT's spec
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -202,6 +203,7 @@ EVERYTHING = Kind("all options", Loss("cross_entropy", True, True, True), Rule("
 NESTEROV = Kind("nesterov", Loss("cross_entropy", False, False, True), Rule("nesterov", True))
 ADAMW = Kind("adamw", Loss("cross_entropy", True, True), Rule("adam", False, True), True)
 ACTIVATED = [Kind(name, hidden=name) for name in ACTIVATIONS if name != "relu"] + [Kind("tanh behind", last="tanh")]
+KINDS = {kind.name: kind for kind in (DEFAULT, EVERYTHING, NESTEROV, ADAMW, *ACTIVATED)}
 
 
 BEFORE_3_7 = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
@@ -235,8 +237,13 @@ def training_calls(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...], A
         cases += [(sizes, batch, kind) for sizes, batch in larger for kind in (DEFAULT, EVERYTHING)]
         cases += deep + [(NETS[0], 32, kind) for kind in ACTIVATED]
     for sizes, batch, kind in cases:
-        label = f"{DTYPE_NAMES[dtype]} {'-'.join(map(str, sizes))} batch {batch} {kind.name}"
+        label = training_label(dtype, sizes, batch, kind)
         yield label, (sizes, batch, kind), partial(train, kind.step(sizes), batch, dtype)
+
+
+def training_label(dtype: torch.dtype, sizes: tuple[int, ...], batch: int, kind: Kind) -> str:
+    """What a training build is called, but for the precision."""
+    return f"{DTYPE_NAMES[dtype]} {'-'.join(map(str, sizes))} batch {batch} {kind.name}"
 
 
 def train(step: Step, batch: int, dtype: torch.dtype) -> None:
@@ -252,6 +259,26 @@ def train(step: Step, batch: int, dtype: torch.dtype) -> None:
     )  # fmt: skip
 
 
+@contextmanager
+def training_on(architecture: str, precision: str) -> Iterator[None]:
+    """The launcher of the training kernel takes tensors for those of that architecture, in that precision."""
+    with (
+        patch.object(mlp_training, "precision_of", lambda x: precision),
+        patch.object(mlp_training, "architecture_of", lambda x: architecture),
+    ):
+        yield
+
+
+def training_build(
+    architecture: str, precision: str, sizes: tuple[int, ...], batch: int, kind: Kind = DEFAULT
+) -> Build:
+    """That of a float32 net of any sizes."""
+    label = f"{training_label(torch.float32, sizes, batch, kind)} {precision}"
+    with training_on(architecture, precision):
+        (build,) = record(mlp_training, label, lambda: train(kind.step(sizes), batch, torch.float32))
+    return build
+
+
 def all_builds(architecture: str) -> Iterator[Build]:
     """The builds behind every call above; several calls ask for the same one."""
     for key in linear.CONFIGS:
@@ -260,10 +287,7 @@ def all_builds(architecture: str) -> Iterator[Build]:
             for label, call in linear_calls(key):
                 yield from record(linear, label, call)
     for precision in ("ieee",) if architecture == "other" else ("ieee", "tf32"):
-        with (
-            patch.object(mlp_training, "precision_of", lambda x, precision=precision: precision),
-            patch.object(mlp_training, "architecture_of", lambda x: architecture),
-        ):
+        with training_on(architecture, precision):
             for dtype in (torch.float32, torch.float64) if precision == "ieee" else (torch.float32,):
                 for label, case, call in training_calls(dtype):
                     for build in record(mlp_training, f"{label} {precision}", call):

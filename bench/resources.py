@@ -5,7 +5,7 @@
 `bench.builds` lists, as `builds(arch)`, what the launchers can ask Triton's JIT for. Each of those is compiled for
 each target with the specialisations that the JIT would use, and the machine code is read: for NVIDIA with the
 cuobjdump and nvdisasm that Triton brings, for AMD from the assembly. With --check, whatever breaks a budget below, or
-does not compile, is named and the exit status is 1.
+does not compile, or takes more than its figures (figures.py) is named and the exit status is 1.
 """
 
 import argparse
@@ -30,6 +30,8 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from . import figures, sass
 
 MODULES = ("bench.builds",)
 
@@ -68,6 +70,7 @@ class Resources:
     instructions: int
     warp_group: int  # tensor-core instructions of whole warp groups, wgmma and its successors
     dot_rows: int  # of the largest product, 0 without one
+    barriers: int  # at which the warps of a program wait for one another
 
 
 @dataclass(frozen=True)
@@ -135,31 +138,32 @@ def compile_build(build: Any, target: str) -> Any:
     )
 
 
-def read_nvidia(compiled: list[Any], target: str) -> list[dict[str, int]]:
+def read_nvidia(compiled: list[Any], target: str) -> list[tuple[dict[str, int], list[sass.Instruction]]]:
     """What cuobjdump and nvdisasm say of cubins of one target, read together: nvdisasm takes 0.4 s to begin."""
     architecture = f"SM{TARGETS[target].arch}{'a' if TARGETS[target].arch >= 90 else ''}"
     codes = [machine_code(one.asm["cubin"]) for one in compiled]
     text = run_on(b"".join(codes), triton.knobs.nvidia.nvdisasm.path, "-ndf", "-b", architecture)
-    pattern = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)"
-    instructions = [(int(address, 16), name) for address, name in re.findall(pattern, text)]
-    read, begin = [], 0
-    for one, code in zip(compiled, codes, strict=True):
+    everything = iter(sass.instructions(text, b"".join(codes)))
+    read, end = [], 0
+    for one, binary in zip(compiled, codes, strict=True):
+        end += len(binary)
+        code = list(islice(everything, len(binary) // sass.BYTES))
+        assert code[-1].address == end - sass.BYTES, "an instruction is not listed"
         used = usage(one.asm["cubin"])
-        found = Counter(name for address, name in instructions if begin <= address < begin + len(code))
-        begin += len(code)
-        read.append(
-            {
-                "registers": used["REG"],
-                "stack": used["STACK"],
-                "shared": used["SHARED"] + one.metadata.shared,
-                "spills": total(found, r"LDL|STL"),
-                "tensor_core": total(found, r"([HDIQO]|HG|IG|QG)MMA|UTC\w*MMA"),
-                "warp_group": total(found, r"[HIQ]GMMA|UTC\w*MMA"),
-                "wide": total(found, r"(LDG|STG|LDGSTS)\..*\b(128|256)\b|UTMALDG|UTMASTG"),
-                "narrow": total(found, r"(LDG|STG|LDGSTS)\b(?!.*\b(128|256)\b)"),
-                "instructions": found.total(),
-            }
-        )
+        found = Counter(instruction.name for instruction in code)
+        numbers = {
+            "registers": used["REG"],
+            "stack": used["STACK"],
+            "shared": used["SHARED"] + one.metadata.shared,
+            "spills": total(found, r"LDL|STL"),
+            "tensor_core": total(found, r"([HDIQO]|HG|IG|QG)MMA|UTC\w*MMA"),
+            "warp_group": total(found, r"[HIQ]GMMA|UTC\w*MMA"),
+            "wide": total(found, r"(LDG|STG|LDGSTS)\..*\b(128|256)\b|UTMALDG|UTMASTG"),
+            "narrow": total(found, r"(LDG|STG|LDGSTS)\b(?!.*\b(128|256)\b)"),
+            "instructions": found.total(),
+            "barriers": sum(map(sass.is_barrier, found.elements())),
+        }
+        read.append((numbers, code))
     return read
 
 
@@ -205,6 +209,7 @@ def read_amd(compiled: Any) -> dict[str, int]:
         "wide": total(found, r"(global|buffer)_(load|store)_(lds_)?dwordx4"),
         "narrow": total(found, r"(global|buffer)_(load|store)_(?!(lds_)?dwordx4)"),
         "instructions": found.total(),
+        "barriers": total(found, r"s_barrier"),
     }
 
 
@@ -233,8 +238,9 @@ def measure(tasks: list[Task]) -> list[dict[str, Any]]:
         return results
     binaries = [binary for _, _, binary in compiled]
     is_cuda = TARGETS[target].backend == "cuda"
-    numbers = read_nvidia(binaries, target) if is_cuda else map(read_amd, binaries)
-    for (result, build, binary), read in zip(compiled, numbers, strict=True):
+    numbers = read_nvidia(binaries, target) if is_cuda else [(read_amd(binary), None) for binary in binaries]
+    for (result, build, binary), (read, code) in zip(compiled, numbers, strict=True):
+        result |= figures.of_amd(build.label, read) if code is None else figures.of_nvidia(build.label, binary, code)
         rows = re.findall(r"tt\.dot .*-> tensor<(\d+)x", binary.asm["ttir"])
         used = Resources(**read, dot_rows=max(map(int, rows), default=0))
         broken = [name for name, keeps in BUDGETS.items() if not keeps(build, target, used)]
@@ -298,16 +304,18 @@ def show(result: dict[str, Any]) -> str:
     if result["error"]:
         return f"{line} does not compile"
     numbers = "".join(f"{result[name]:>{width}}" for name, width in COLUMNS.items())
-    return f"{line}{numbers}  {', '.join('not ' + name for name in result['broken'])}".rstrip()
+    notes = [*("not " + name for name in result["broken"]), *([figures.words(result)] if "figure" in result else [])]
+    return f"{line}{numbers}  {', '.join(notes)}".rstrip()
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table; 1 if --check finds a broken budget, a failure to compile, or nothing to compile."""
+    """Print the table; 1 if --check finds a broken budget, what grew or did not compile, or nothing to compile."""
     parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__.splitlines()[0])
     parser.add_argument("--targets", default=",".join(TARGETS), help="default: %(default)s")
     parser.add_argument("--modules", default=",".join(MODULES), help="default: %(default)s")
     parser.add_argument("--kernels", default="", metavar="SUBSTRING", help="only builds with this in their label")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a build breaks a budget")
+    parser.add_argument("--write-figures", action="store_true", help="those of training builds, of all these targets")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE")
     parser.add_argument("--jobs", type=int, default=2, help="worker processes; default: %(default)s")
     options = parser.parse_args(arguments)
@@ -329,7 +337,11 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{len(results)} builds, {len(bad)} broken or not compiled")
     for result in bad:
         print(f"  {result['target']} {result['label']}: {result['error'] or ', '.join(result['broken'])}")
-    return int(options.check and (bool(bad) or not results))
+    if options.write_figures:
+        figures.write(results)
+    grown, summary = figures.compare(results)
+    print(summary, *grown, sep="\n  ")
+    return int(options.check and (bool(bad) or bool(grown) or not results))
 
 
 if __name__ == "__main__":

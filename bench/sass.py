@@ -1,8 +1,8 @@
 """NVIDIA's machine code as a schedule: its instructions with their control codes, its loops, and how often they run.
 
 Since Volta the compiler writes the schedule into the code. Of the 128 bits of an instruction, from bit 105 on: how many
-cycles the warp waits before its next one (4 bits), whether others go first (1), the scoreboard that is set until its
-result is there (3), the one until its operands were read (3), and the scoreboards that it waits for (6).
+cycles the warp waits before its next one (4 bits), whether it may go on without a yield (1), the scoreboard that is set
+until its result is there (3), the one until its operands were read (3), and the scoreboards that it waits for (6).
 
 How often a loop runs is not in the machine code. It is in Triton's IR, whose loops have bounds: `step_loop` brings the
 two together by order and nesting, and raises UnmatchedError where they are not alike. A loop that was unrolled in part
@@ -41,7 +41,7 @@ class Instruction(NamedTuple):
     name: str
     operands: str
     stall: int
-    yields: bool
+    stays: bool
     written: int
     read: int
     waits: int
@@ -76,7 +76,7 @@ class Open:
 
 
 def controls(word: bytes) -> tuple[int, bool, int, int, int]:
-    """Stall count, yield, scoreboard set when written and when read, and those waited for, of 16 bytes."""
+    """Stall count, no yield, scoreboard set when written and when read, and those waited for, of 16 bytes."""
     bits = int.from_bytes(word, "little") >> 105
     return bits & 15, bool(bits >> 4 & 1), bits >> 5 & 7, bits >> 8 & 7, bits >> 11 & 63
 

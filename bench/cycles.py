@@ -256,9 +256,9 @@ class Reading(NamedTuple):
         return self.cycles(best(fitted)), self.cycles(worst(fitted))
 
 
-def read(compiled: Any, target: str, batch: int | None = None) -> Reading:
+def read(compiled: Any, batch: int | None = None) -> Reading:
     """A compiled training build of a known batch; UnmatchedError if its loops are not understood."""
-    ((_, code),) = resources.read_nvidia([compiled], target)
+    ((_, code),) = resources.read_nvidia([compiled])
     loop = sass.step_loop(code, compiled.asm["ttgir"], compiled.asm["ptx"], batch)
     return Reading(code, loop, compiled.metadata.num_warps)
 
@@ -319,7 +319,7 @@ def rank(target: str, substring: str) -> Iterator[str]:
     """A line for each build with `substring` in its label, the largest share first."""
     chosen = [build for build in builds.builds(target) if substring in build.label]
     compiled = [resources.compile_build(build, target) for build in chosen]
-    found = [work_share(code) for _, code in (resources.read_nvidia(compiled, target) if compiled else [])]
+    found = [work_share(code) for _, code in (resources.read_nvidia(compiled) if compiled else [])]
     yield "share of issue slots that move no memory, instructions of the longest loop or of all code; predicted"
     for (length, share), build in sorted(zip(found, chosen, strict=True), key=lambda pair: -pair[0][1]):
         yield f"  {share:6.1%} {length:>6,}  {build.label}"
@@ -350,7 +350,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{options.target} {build.label}, Triton {triton.__version__}")
     status = 0
     try:
-        print(*report(read(compiled, options.target, options.batch), options.ghz), sep="\n")
+        print(*report(read(compiled, options.batch), options.ghz), sep="\n")
     except sass.UnmatchedError as error:
         print(f"  no prediction: {error}")
         status = 1

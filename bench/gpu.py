@@ -52,13 +52,13 @@ FEW = 16
 COMPILED_ONLY = "compiled, not run"
 """Status of a part under `--prepare`: its kernels were compiled and not run, so its checks mean nothing."""
 
-TOLD = re.compile(r"FAILED |ERROR |.+: .+ us\b|  \(\"")
+TOLD = re.compile(r"FAILED |ERROR |.+: .+ (us|cycles)\b|  \(\"")
 """What of a part's log is printed: the tests that failed, the times and their ratios, the rows of a table."""
 
 MOST_TOLD = 60
 """So many lines of it."""
 
-PREPARED = ("tests", "step", "sweep", "cross_entropy", "growth", "linear", "sanitizer")
+PREPARED = ("tests", "step", "sweep", "cross_entropy", "growth", "clock", "linear", "sanitizer")
 """The parts whose kernels `--prepare` compiles: those that measure ours."""
 
 
@@ -98,6 +98,7 @@ PARTS = {
     "linear": Part(90, benchmark("bench_linear")),
     "compiled": Part(80, benchmark("bench_train_steps", "test_compiled_step"), least=70),
     "growth": Part(60, benchmark("bench_train_steps", "test_growth")),
+    "clock": Part(60, ["-m", "bench.clock"]),
     "sanitizer": Part(75, ["-m", "bench.sanitizer"]),
     "python": Part(60, benchmark("bench_python"), always=False),
     "simple_nn": Part(40, benchmark("bench_simple_nn"), always=False),

@@ -138,9 +138,10 @@ def compile_build(build: Any, target: str) -> Any:
     )
 
 
-def read_nvidia(compiled: list[Any], target: str) -> list[tuple[dict[str, int], list[sass.Instruction]]]:
+def read_nvidia(compiled: list[Any]) -> list[tuple[dict[str, int], list[sass.Instruction]]]:
     """What cuobjdump and nvdisasm say of cubins of one target, read together: nvdisasm takes 0.4 s to begin."""
-    architecture = f"SM{TARGETS[target].arch}{'a' if TARGETS[target].arch >= 90 else ''}"
+    number = compiled[0].metadata.target.arch
+    architecture = f"SM{number}{'a' if number >= 90 else ''}"
     codes = [machine_code(one.asm["cubin"]) for one in compiled]
     text = run_on(b"".join(codes), triton.knobs.nvidia.nvdisasm.path, "-ndf", "-b", architecture)
     everything = iter(sass.instructions(text, b"".join(codes)))
@@ -238,7 +239,7 @@ def measure(tasks: list[Task]) -> list[dict[str, Any]]:
         return results
     binaries = [binary for _, _, binary in compiled]
     is_cuda = TARGETS[target].backend == "cuda"
-    numbers = read_nvidia(binaries, target) if is_cuda else [(read_amd(binary), None) for binary in binaries]
+    numbers = read_nvidia(binaries) if is_cuda else [(read_amd(binary), None) for binary in binaries]
     for (result, build, binary), (read, code) in zip(compiled, numbers, strict=True):
         result |= figures.of_amd(build.label, read) if code is None else figures.of_nvidia(build.label, binary, code)
         rows = re.findall(r"tt\.dot .*-> tensor<(\d+)x", binary.asm["ttir"])

@@ -261,10 +261,10 @@ from bench import builds, cycles, figures, resources, sass
 
 build = builds.training_build("sm_90", "tf32", (16, 16, 4), 16)
 compiled = resources.compile_build(build, "sm_90")
-reading = cycles.read(compiled, "sm_90", 16)
-((numbers, code),) = resources.read_nvidia([compiled], "sm_90")
+reading = cycles.read(compiled, 16)
+((numbers, code),) = resources.read_nvidia([compiled])
 streamed = builds.training_build("sm_90", "ieee", (16, 64, 64, 64, 4), 300)
-streamed = cycles.read(resources.compile_build(streamed, "sm_90"), "sm_90", 300)
+streamed = cycles.read(resources.compile_build(streamed, "sm_90"), 300)
 print(json.dumps({
     "listing": resources.run_on(compiled.asm["cubin"], cycles.triton.knobs.nvidia.nvdisasm.path, "-gi", "-hex", "-c"),
     "ptx": compiled.asm["ptx"].count("bar.sync"),

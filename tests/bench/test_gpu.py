@@ -173,7 +173,7 @@ def options_of(*arguments: str) -> Any:
 
 
 def test_the_plan() -> None:
-    parts = ["tests", "step", "sweep", "cross_entropy", "linear", "compiled", "growth", "sanitizer"]
+    parts = ["tests", "step", "sweep", "cross_entropy", "linear", "compiled", "growth", "clock", "sanitizer"]
     assert options_of().parts == parts
     assert options_of("--all").parts[: len(parts)] == parts
     assert options_of("--only", "linear,cross_entropy").parts == ["cross_entropy", "linear"]
@@ -189,7 +189,7 @@ def test_the_plan_is_for_the_minutes_that_there_are(tmp_path: Path) -> None:
     def plan(*arguments: str) -> str:
         return gpu.Run("stub", gpu.parse([*arguments, "--out", str(tmp_path)])).plan()
 
-    parts = ("cross_entropy", "linear", "compiled", "growth", "sanitizer")
+    parts = ("cross_entropy", "linear", "compiled", "growth", "clock", "sanitizer")
     later = ", ".join(f"{part} if time is left" for part in parts)
     assert plan("--minutes", "5") == f"plan: tests 120 s, step 80 s, sweep 70 s, {later}"
     assert plan("--minutes", "2.4", "--only", "linear,growth") == "plan: linear 90 s, growth 54 s"

@@ -319,7 +319,7 @@ def rank(target: str, substring: str) -> Iterator[str]:
     """A line for each build with `substring` in its label, the largest share first."""
     chosen = [build for build in builds.builds(target) if substring in build.label]
     compiled = [resources.compile_build(build, target) for build in chosen]
-    found = [work_share(code) for _, code in (resources.read_nvidia(compiled) if compiled else [])]
+    found = [work_share(code) for _, code in resources.read_nvidia(compiled)]
     yield "share of issue slots that move no memory, instructions of the longest loop or of all code; predicted"
     for (length, share), build in sorted(zip(found, chosen, strict=True), key=lambda pair: -pair[0][1]):
         yield f"  {share:6.1%} {length:>6,}  {build.label}"
@@ -341,6 +341,8 @@ def main(arguments: list[str] | None = None) -> int:
     if triton.knobs.runtime.interpret:
         parser.error("kernels cannot be compiled in the interpreter: unset TRITON_INTERPRET")
     if options.kernels:
+        if not any(options.kernels in build.label for build in builds.builds(options.target)):
+            parser.error(f"no build has {options.kernels!r} in its label")
         print(*rank(options.target, options.kernels), sep="\n")
         return 0
     sizes = tuple(map(int, options.net.split("-")))

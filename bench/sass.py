@@ -7,13 +7,14 @@ until its result is there (3), the one until its operands were read (3), and the
 How often a loop runs is not in the machine code. It is in Triton's IR, whose loops have bounds: `step_loop` brings the
 two together by order and nesting, and raises UnmatchedError where they are not alike. A loop that was unrolled in part
 would be: it shows in barriers that are in the machine code more often than in PTX. (LLVM, between Triton's IR and PTX,
-unrolls bodies of a few dozen instructions only; those of the training kernel have hundreds.)
+unrolls in part only bodies of a few dozen instructions; those of the training kernel have hundreds.)
 """
 
 import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 BYTES = 16
@@ -95,7 +96,7 @@ def loops(code: list[Instruction]) -> list[Loop]:
         target = re.search(r"\b0x[0-9a-f]+$", operands) if name.split(".")[0] == "BRA" else None
         first = places.get(int(target[0], 16), place) if target else place
         if first < place:
-            ends[first] = max(place, ends.get(first, 0))
+            ends[first] = place
     return nested(Open(first, last, None) for first, last in sorted(ends.items()))
 
 
@@ -138,6 +139,8 @@ def matched(machine: Loop, source: Loop) -> Loop:
     """The loop of machine code with how often each loop in it runs, as the same one of Triton's IR says."""
     if machine.shape() != source.shape():
         raise UnmatchedError(f"loops are nested {machine.shape()} in the machine code, {source.shape()} in Triton's IR")
+    if any(one.last >= other.first for one, other in pairwise(machine.inside)):
+        raise UnmatchedError("loops of the machine code overlap")
     inside = []
     for inner, known in zip(machine.inside, source.inside, strict=True):
         if known.trips is None:

@@ -118,6 +118,7 @@ def test_how_often_each_instruction_runs() -> None:
         (LISTING, SOURCE, 1, None, "bounds of the loop on line 8"),
         (LISTING, SOURCE.replace("scf.for %k = %c0_i32 to %c100", "while"), 1, 80, "(()())"),
         (LISTING, SOURCE + SOURCE, 1, 80, "2 outermost loops"),
+        (LISTING.replace("@P2 BRA 0x60", "@P2 BRA 0x50"), SOURCE, 1, 80, "overlap"),
         (LISTING, SOURCE, 2, 80, "2 barriers in PTX are 1"),
     ],
 )

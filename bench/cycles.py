@@ -71,7 +71,8 @@ RESULTS = {
 OTHER = "constant or register of the system"
 
 MOVERS = ("LDG", "LD", "STG", "ST", "LDL", "STL", "LDS", "STS", "LDSM", "STSM", "LDGSTS", "SHFL", "RED", "ATOM")
-"""What goes through the load-store unit. Numbers of 4 bytes a lane, unless the name says otherwise."""
+"""What goes through the load-store unit: 4 bytes a lane, unless the name says otherwise. Lanes that share an address or a
+bank are not seen."""
 
 MEMORY = re.compile(r"(LD[GLS]?|ST[GLS]?|LDSM|STSM|LDGSTS|RED[GS]?|ATOM[GS]?|UTMA\w+|UBLK\w+)\b")
 """Instructions that move memory, global or shared."""
@@ -135,7 +136,7 @@ def operation(code: Instruction, clock: Mapping[str, float]) -> Operation:
 
 
 AHEAD = 8
-"""Transfers that the queue of the load-store unit holds, in cycles; unmeasured."""
+"""Cycles of transfers that the load-store unit queues up before a scheduler has to wait; unmeasured."""
 
 
 class Warp:
@@ -243,9 +244,8 @@ class Reading(NamedTuple):
 
     def cycles(self, clock: Mapping[str, float], alone: bool = False) -> float:
         """By the clock, of all warps or of one alone."""
-        known: dict[int, Operation] = {}
-        operations = [known.setdefault(one.address, operation(one, clock)) for one in self.run()]
-        return simulate(operations, 1 if alone else self.warps, clock, alone)
+        operations = {one: operation(one, clock) for one in self.code}
+        return simulate([operations[one] for one in self.run()], 1 if alone else self.warps, clock, alone)
 
     def chain(self) -> float:
         """The chain of one warp, at L1's latency."""
@@ -263,7 +263,7 @@ def read(compiled: Any, batch: int | None = None) -> Reading:
     return Reading(code, loop, compiled.metadata.num_warps)
 
 
-def report(reading: Reading, ghz: float, fitted: Mapping[str, float] | None = None) -> Iterator[str]:
+def report(reading: Reading, ghz: float) -> Iterator[str]:
     """The lines of a build."""
 
     def words(name: str, *cycles: float) -> str:
@@ -275,7 +275,7 @@ def report(reading: Reading, ghz: float, fitted: Mapping[str, float] | None = No
     yield f"  {length:,} instructions in the loop, of which {run:,} run; {barriers} barriers, passed {passed} times"
     yield words("floor", floor.cycles()) + f" (stall counts {floor.stalls:,}, issue slots {floor.slots:,})"
     yield words("chain", reading.chain())
-    yield words("estimate", *reading.estimate(fitted))
+    yield words("estimate", *reading.estimate())
 
 
 def barriers(compiled: Any) -> list[str]:

@@ -96,6 +96,18 @@ def test_bounds_in_the_source() -> None:
     assert sass.source_loops(SOURCE, None)[0].inside[0].trips is None
 
 
+def test_a_while_has_two_regions() -> None:
+    loop = """
+    %5 = scf.while (%arg5 = %0) : (i32) -> i32 {
+      scf.condition(%6) %arg5 : i32
+    } do {
+      scf.for %k = %c0_i32 to %n step %c1_i32  : i32 {
+      } loc(#loc2)
+    } loc(#loc1)
+    """
+    assert [found.shape() for found in sass.source_loops(loop, None)] == ["(())"]
+
+
 def test_how_often_each_instruction_runs() -> None:
     loop = sass.step_loop(listed(), SOURCE, "bar.sync 0;", 80)
     assert list(sass.times(loop)) == [

@@ -271,6 +271,8 @@ def us_a_step(sizes: tuple[int, int, int], precision: str) -> float:
     one_program = dict.fromkeys(resident.MOST_BEFORE_GRAPH, 2**62)
     with float32_products(precision), patch.dict(resident.MOST_BEFORE_GRAPH, one_program):
         loop = Loop(Case(sizes, BATCH, 0, precision, "fusednn"))
+        if not (engine := loop.engine()).startswith("train_steps: resident"):
+            raise RuntimeError(engine)
         return seconds_a_trip(loop.run, *STEPS) * 1e6
 
 
@@ -298,7 +300,11 @@ def compare(
         if (left := seconds_left()) is not None and left < LONGEST:
             print(f"{name}: not reached: no time left")
             continue
-        us = us_a_step(sizes, precision)
+        try:
+            us = us_a_step(sizes, precision)
+        except Exception as error:
+            print(f"{name}: not measured: {type(error).__name__}: {error}", flush=True)
+            continue
         ranges = {"published": published, "fitted": future.result()}
         words = []
         for kind, estimate in ranges.items():

@@ -71,8 +71,8 @@ RESULTS = {
 OTHER = "constant or register of the system"
 
 MOVERS = ("LDG", "LD", "STG", "ST", "LDL", "STL", "LDS", "STS", "LDSM", "STSM", "LDGSTS", "SHFL", "RED", "ATOM")
-"""What goes through the load-store unit: 4 bytes a lane, unless the name says otherwise. Lanes that share an address or a
-bank are not seen."""
+"""What goes through the load-store unit: 4 bytes a lane, unless the name says otherwise. That lanes share an address or
+a bank is not seen."""
 
 MEMORY = re.compile(r"(LD[GLS]?|ST[GLS]?|LDSM|STSM|LDGSTS|RED[GS]?|ATOM[GS]?|UTMA\w+|UBLK\w+)\b")
 """Instructions that move memory, global or shared."""

@@ -50,7 +50,7 @@ CONSTANTS = {
     "ldmatrix": Constant(29, 37, f"{UNMEASURED}: a shared load's, and 8 more for four matrices"),
     "barrier": Constant(15, 30, f"{UNMEASURED}: from the last warp at it to the first behind it"),
     "special function": Constant(17, 23, f"{UNMEASURED}: 17 on sm_86 (the vendor's tables, by others)"),
-    "tensor cores": Constant(24, 33, "HMMA m16n8k16 24.1 on H800 (arXiv 2402.13499), m16n8k8 on A100 less"),
+    "tensor cores": Constant(24, 24, "HMMA m16n8k16 on H800 24.1 (arXiv 2402.13499)"),
     "warp group's product": Constant(24, 60, f"{UNMEASURED}: behind the cycles that its multiplications take"),
     "shuffle": Constant(23, 29, f"{UNMEASURED}: at most a shared load's"),
     "constant or register of the system": Constant(12, 29, UNMEASURED),
@@ -58,7 +58,7 @@ CONSTANTS = {
     "load-store unit, bytes a cycle": Constant(124, 64, "H800 124 (arXiv 2402.13499); 64 in docs/performance.md"),
     "operands held": Constant(9, 14, "of loads and stores on sm_86 (arXiv 2503.20481, table 2)"),
 }
-"""What the clock goes by. Each is one number, or a range from the best to the worst."""
+"""What the clock goes by, for an H100. Each is one number, or a range from the best to the worst."""
 
 RESULTS = {
     # name of an instruction: the constant that says when its result is there, of those that set a scoreboard
@@ -90,8 +90,9 @@ KINDS = {
     "integer": {"IADD3", "LOP3", "ISETP", "FSETP", "FSEL", "SEL", "FMNMX", "SHF", "LEA", "PRMT", "IMNMX", "VIADD"},
 }
 
-PRODUCTS = {"TF32": 1024, "DMMA": 64}
-"""Multiplications a cycle of the tensor cores of an H100; 2,048 of halves (its data sheet, dense, at 1.83 GHz)."""
+PRODUCTS = {"TF32": 1024, "DMMA": 128, "": 2048}
+"""Multiplications a cycle of a multiprocessor's tensor cores, by what is in the name; the last of 16-bit numbers. By an
+H100's data sheet: 495, 67 and 989 TFLOP/s of 132 multiprocessors, at 1.83, 1.98 and 1.83 GHz."""
 
 
 class Operation(NamedTuple):
@@ -112,7 +113,7 @@ def name_of(code: Instruction) -> str:
 
 def multiplications(name: str) -> int:
     """Of a product of matrices: HGMMA.64x32x8 has 64 x 32 x 8, HMMA.16816 16 x 8 x 16."""
-    shape = re.search(r"\.(\d+)x(\d+)x(\d+)", name) or re.search(r"\.(\d\d)(8)(4|8|16|32)\b", name)
+    shape = re.search(r"\.(\d+)x(\d+)x(\d+)", name) or re.search(r"\.(8|16)(8)(4|8|16|32)\b", name)
     return int(shape[1]) * int(shape[2]) * int(shape[3]) if shape else 0
 
 
@@ -122,7 +123,7 @@ def operation(code: Instruction, clock: Mapping[str, float]) -> Operation:
     pipe = next((kind for kind, names in KINDS.items() if name in names), "")
     interval: float = INTERVALS.get(pipe, 0)
     if made := multiplications(code.name):
-        rate = next((rate for part, rate in PRODUCTS.items() if part in code.name), 2048)
+        rate = next(rate for part, rate in PRODUCTS.items() if part in code.name)
         pipe, interval = "tensor", made / rate * (1 if name == "HGMMA" else SCHEDULERS)
     transfer = 0.0
     if name in MOVERS:
@@ -154,7 +155,7 @@ class Warp:
                 until = max([until, *self.boards[board]])
         if code.name == "DEPBAR.LE" and (some := re.match(r"SB(\d), 0x([0-9a-f]+)", code.operands)):
             pending = sorted(self.boards[int(some[1])])
-            until = max([until, *pending[: len(pending) - int(some[2], 16)]])
+            until = max([until, *pending[: max(0, len(pending) - int(some[2], 16))]])
         return max(until, self.group) if code.name.startswith("WARPGROUP.DEPBAR") else until
 
     def set(self, board: int, now: float, until: float) -> None:

@@ -194,7 +194,10 @@ def test_the_clock_of_products() -> None:
     assert cycles.multiplications("HGMMA.64x32x8.F32.TF32") == 64 * 32 * 8
     assert cycles.multiplications("HMMA.1688.F32.TF32") == 16 * 8 * 8
     assert cycles.multiplications("HMMA.16816.F32.BF16") == 16 * 8 * 16
+    assert cycles.multiplications("DMMA.884") == 8 * 8 * 4
     assert cycles.multiplications("FFMA") == 0
+    assert cycles.operation(instruction("HGMMA.64x32x16.F32.BF16"), clock).interval == 16
+    assert cycles.operation(instruction("DMMA.884"), clock).interval == 8
     assert cycles.operation(instruction("HGMMA.64x32x8.F32.TF32"), clock).interval == 16
     assert cycles.operation(instruction("HMMA.1688.F32.TF32"), clock).interval == 4
     product, wait = instruction("HGMMA.64x32x8.F32.TF32"), instruction("WARPGROUP.DEPBAR.LE")
@@ -205,7 +208,7 @@ def test_the_clock_of_products() -> None:
 
 def test_deferred_waits_go_by_how_many_are_pending() -> None:
     loads = [instruction("LDGSTS", stall=10), instruction("LDGDEPBAR", written=1, stall=10)] * 2
-    for pending, until in ((0, 30 + 100), (1, 10 + 100), (2, 40)):
+    for pending, until in ((0, 30 + 100), (1, 10 + 100), (2, 40), (3, 40)):
         wait = instruction("DEPBAR.LE")._replace(operands=f"SB1, 0x{pending:x}")
         assert simulated(*loads, wait, load_after_store=100) == until + 1
 

@@ -323,8 +323,8 @@ def test_a_planted_launch_of_training_is_noticed(
     assert traffic.main([]) == 1
     broken = [said for said in capsys.readouterr().out.splitlines() if said.startswith("over its limit")]
     assert len(broken) == 2
-    assert broken[0].startswith("over its limit: fusednn train_steps, 64-128-10, 2 steps, 64x64 64: 3.")
-    assert broken[0].endswith(" passes, at most 1.6")
+    assert broken[0].startswith("over its limit: fusednn train_steps, 64-128-10, 2 steps, 64x64 64: 2.")
+    assert broken[0].endswith(" passes, at most 1.2")
     assert broken[1].endswith(": 2 launches, at most 1")
 
 

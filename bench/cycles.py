@@ -306,8 +306,7 @@ def function_at(file: str, line: int) -> str:
     if not Path(file).is_file():
         return "?"
     functions = [node for node in ast.walk(ast.parse(Path(file).read_text())) if isinstance(node, ast.FunctionDef)]
-    around = [node for node in functions if node.lineno <= line <= (node.end_lineno or 0)]
-    return max(around, key=lambda node: node.lineno).name if around else "?"
+    return next((node.name for node in functions if node.lineno <= line <= (node.end_lineno or 0)), "?")
 
 
 def work_share(code: list[Instruction]) -> tuple[int, float]:

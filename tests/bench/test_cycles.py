@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -159,6 +160,7 @@ def test_the_clock() -> None:
     assert simulated(*[fma] * 10, warps=4) == 10  # a scheduler each
     assert simulated(*[fma] * 10, warps=8) == 20
     assert simulated(*[fma] * 10, warps=8, alone=True) == 10
+    assert simulated(*[instruction("MOV")] * 10, warps=8) == 20
     mufu = instruction("MUFU.EX2")
     assert simulated(mufu, mufu, mufu) == 2 * 8 + 1
     assert simulated(mufu, mufu, mufu, alone=True) == 3
@@ -241,6 +243,22 @@ def test_what_grew_fails(figure: list[int | None], grown: str, tmp_path: Path) -
     assert bool(bad) == bool(grown)
     assert grown in "".join(bad)
     assert summary == f"2 figures, {int(bool(grown))} grew or are not there"
+
+
+def test_the_figure_of_a_build() -> None:
+    """What is before the loop is not in it."""
+    code = listed(LISTING.replace("S2R R0, SR_TID.X", "BAR.SYNC 0x0"))
+    compiled = SimpleNamespace(asm={"ttgir": SOURCE, "ptx": "bar.sync;" * 2}, metadata=SimpleNamespace(num_warps=8))
+    floor = sass.floor(code, sass.step_loop(code, SOURCE, "bar.sync;" * 2, 32), 8).cycles()
+    assert figures.of_nvidia(LABEL, compiled, code) == {"figure": [1, 9, floor], "no floor": ""}
+    compiled.asm["ttgir"] = ""
+    unknown = figures.of_nvidia(LABEL, compiled, code)
+    assert unknown["figure"] == [1, 9, None]
+    assert "0 outermost loops in Triton's IR" in figures.words(unknown)
+    assert figures.of_nvidia("linear_forward tf32 64x512 32x32x32 w4 s2", compiled, code) == {}
+    amd = figures.of_amd(LABEL, {"barriers": 9, "instructions": 800})
+    assert amd == {"figure": [9, 800, None]}
+    assert figures.words(amd) == "a step: 9 barriers, 800 instructions, no floor"
 
 
 def test_a_build_without_a_figure_fails(tmp_path: Path) -> None:

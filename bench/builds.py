@@ -209,22 +209,22 @@ KINDS = {kind.name: kind for kind in (DEFAULT, EVERYTHING, NESTEROV, ADAMW, *ACT
 BEFORE_3_7 = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 
 
-def stack_of(sizes: tuple[int, ...], batch: int, kind: Kind, on_chip: bool) -> int:
+def stack_of(sizes: tuple[int, ...], batch: int, kind: Kind, dtype: torch.dtype) -> int:
     """Bytes of local memory that a thread of the training kernel may take: for the net of the goals none by default.
 
-    Where a step stays on chip ptxas uses all 255 registers, and spills a little of what no step changes: with 96 bytes
-    some ten or twenty of thousands of instructions load it again, and half of the barriers are gone. With Triton 3.6
-    the net of the goals takes as much in exact float32.
+    Other steps take all 255 registers and spill some of what no step changes. Ten or twenty of thousands of
+    instructions load it again, and what avoids that takes more of other instructions and barriers. With Triton 3.6 the
+    net of the goals takes as much in exact float32.
     """
-    if sizes == NETS[0] and batch == 32 and not BEFORE_3_7:
+    if sizes == NETS[0] and batch == 32 and dtype == torch.float32 and not BEFORE_3_7:
         return 0 if kind == DEFAULT else 48 if kind.hidden == "relu" else 128
-    return 128 if kind != DEFAULT or (on_chip and BEFORE_3_7) else 96 if on_chip else 32
+    return 96 if kind == DEFAULT and not BEFORE_3_7 else 128
 
 
-def training_calls(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...], Any]]:
+def training_calls(dtype: torch.dtype) -> Iterator[tuple[str, int, Any]]:
     """Steps of each net with a batch that is one tile and one that is several, by default and with all options.
 
-    At 64-128-10 more of the options, each activation, and fewer rows; in float64 few. With the case itself.
+    At 64-128-10 more of the options, each activation, and fewer rows; in float64 few. With the bytes of stack.
     """
     cases = [(sizes, batch, kind) for sizes in NETS for batch in (32, 256) for kind in (DEFAULT, EVERYTHING)]
     deep = [(sizes, batch, kind) for sizes in OTHER_DEPTHS for batch in (32, 256) for kind in (DEFAULT, EVERYTHING)]
@@ -238,7 +238,7 @@ def training_calls(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...], A
         cases += deep + [(NETS[0], 32, kind) for kind in ACTIVATED]
     for sizes, batch, kind in cases:
         label = training_label(dtype, sizes, batch, kind)
-        yield label, (sizes, batch, kind), partial(train, kind.step(sizes), batch, dtype)
+        yield label, stack_of(sizes, batch, kind, dtype), partial(train, kind.step(sizes), batch, dtype)
 
 
 def training_label(dtype: torch.dtype, sizes: tuple[int, ...], batch: int, kind: Kind) -> str:
@@ -289,9 +289,9 @@ def all_builds(architecture: str) -> Iterator[Build]:
     for precision in ("ieee",) if architecture == "other" else ("ieee", "tf32"):
         with training_on(architecture, precision):
             for dtype in (torch.float32, torch.float64) if precision == "ieee" else (torch.float32,):
-                for label, case, call in training_calls(dtype):
+                for label, stack, call in training_calls(dtype):
                     for build in record(mlp_training, f"{label} {precision}", call):
-                        yield replace(build, stack=stack_of(*case, build.constexprs["TILES"].on_chip))
+                        yield replace(build, stack=stack)
     for dtype in DTYPE_NAMES:
         for label, call in cross_entropy_calls(dtype):
             yield from record(cross_entropy, label, call)

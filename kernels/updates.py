@@ -4,7 +4,7 @@ As torch.optim has them, with g the gradient (its sign turned where the optimize
 the number of the step:
 
     Adam      g += λ w;  m += (1 - β1)(g - m);  v = β2 v + (1 - β2) g²
-              w -= lr / (1 - β1ᵗ) · m / (√v / √(1 - β2ᵗ) + ε)        the quotient as m r r, r = 1/√ of the divisor
+              w -= lr / (1 - β1ᵗ) · m / (√v / √(1 - β2ᵗ) + ε)
     AdamW     the same without λ w in g; first w *= 1 - lr λ
     SGD       g += λ w;  w -= lr g
     momentum  g += λ w;  m = μ m + (1 - damping) g;  w -= lr m, or with Nesterov lr (g + μ m)
@@ -55,7 +55,7 @@ def update(w_ptr, m_ptr, v_ptr, offs, mask, g, row_ptr, RULE: tl.constexpr):
         v = tl.load(row_ptr + SQUARE_KEPT) * v + tl.load(row_ptr + SQUARE_PART) * g * g
         tl.store(v_ptr + offs, v, mask=mask)
         r = tl.rsqrt(tl.sqrt(v) * tl.load(row_ptr + ROOT) + tl.load(row_ptr + EPS))
-        g = m * r * r  # as a quotient it takes 307 of 1,840 instructions more, in a step of 64-128-10 on sm_90
+        g = m * r * r  # a quotient takes 519 of 1,840 instructions of a step of 64-128-10 on sm_90, this 212
     elif RULE.name != "sgd":
         tl.static_assert(RULE.name == "momentum" or RULE.name == "nesterov", "this rule has no device function")
         momentum = tl.load(row_ptr + MOMENTUM)

@@ -17,7 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice, product
+from itertools import islice, pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,13 +54,21 @@ COMPILE_SECONDS = 25
 
 
 class Implementation(NamedTuple):
-    """A net, a loss, options of Adam, and how Python runs the steps.
+    """A net of given sizes, a loss, options of Adam, and how Python runs the steps.
 
     `way` is "eager", "compile", "graph", "train_steps" or "make_train_step".
     """
 
-    network: Callable[[int, int, int], nn.Module] = reference.SimpleNN
+    network: Callable[..., nn.Module] = plain
     criterion: Callable[[], nn.Module] = nn.CrossEntropyLoss
+def plain(*sizes: int) -> nn.Module:
+    """PyTorch's modules: SimpleNN, and of another depth Linear layers with ReLU between them."""
+    if len(sizes) == 3:
+        return reference.SimpleNN(*sizes)
+    layers = [layer for pair in pairwise(sizes) for layer in (nn.Linear(*pair), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
     adam: tuple[str, ...] = ()
     way: str = "eager"
 
@@ -87,7 +95,7 @@ MOST_US = {"tf32": 5, "ieee": 10}
 class Case(NamedTuple):
     """What is trained, and by whom; `steps` a round, 0 for long training."""
 
-    sizes: tuple[int, int, int]
+    sizes: tuple[int, ...]
     batch: int
     steps: int
     precision: str
@@ -124,10 +132,10 @@ class Loop:
         """What has to be captured is captured here, and what has to be compiled is at the first step."""
         self.case, (network, criterion, adam, self.way) = case, IMPLEMENTATIONS[case.implementation]
         torch.manual_seed(0)
-        self.start = reference.SimpleNN(*case.sizes).to(device).state_dict()
+        self.start = plain(*case.sizes).to(device).state_dict()
         rows = ROWS.get(case.sizes[0], ROWS[64])
         self.inputs = torch.randn(rows, case.sizes[0], device=device)
-        self.targets = torch.randint(case.sizes[2], (rows,), device=device)
+        self.targets = torch.randint(case.sizes[-1], (rows,), device=device)
         self.model = network(*case.sizes).to(device)
         self.model.load_state_dict(self.start)
         self.criterion = criterion()
@@ -274,7 +282,7 @@ def long_cases() -> list[Case]:
 @GPU
 @each([case for case in long_cases() if case.implementation != "torch.compile"])
 def test_step(
-    sizes: tuple[int, int, int], batch: int, steps: int, precision: str, implementation: str, benchmark: Any
+    sizes: tuple[int, ...], batch: int, steps: int, precision: str, implementation: str, benchmark: Any
 ) -> None:
     """A step in long training."""
     measure(Case(sizes, batch, steps, precision, implementation), benchmark)
@@ -289,7 +297,7 @@ def call_cases() -> list[Case]:
 @GPU
 @each(call_cases())
 def test_call(
-    sizes: tuple[int, int, int], batch: int, steps: int, precision: str, implementation: str, benchmark: Any
+    sizes: tuple[int, ...], batch: int, steps: int, precision: str, implementation: str, benchmark: Any
 ) -> None:
     """A step's share of one call: what train_steps does once, in Python, is in it."""
     measure(Case(sizes, batch, steps, precision, implementation), benchmark)
@@ -298,7 +306,7 @@ def test_call(
 @GPU
 @each([case for case in long_cases() if case.implementation == "torch.compile"])
 def test_compiled_step(
-    sizes: tuple[int, int, int], batch: int, steps: int, precision: str, implementation: str, benchmark: Any
+    sizes: tuple[int, ...], batch: int, steps: int, precision: str, implementation: str, benchmark: Any
 ) -> None:
     """The same by Inductor, which takes seconds to compile, and so comes later."""
     measure(Case(sizes, batch, steps, precision, implementation), benchmark)
@@ -347,7 +355,7 @@ def growth_cases() -> list[Case]:
 @GPU
 @each(growth_cases())
 def test_growth(
-    sizes: tuple[int, int, int], batch: int, steps: int, precision: str, implementation: str, benchmark: Any
+    sizes: tuple[int, ...], batch: int, steps: int, precision: str, implementation: str, benchmark: Any
 ) -> None:
     """A step in long training, as in `test_step`, which has batch 32 and width 128."""
     measure(Case(sizes, batch, steps, precision, implementation), benchmark)

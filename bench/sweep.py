@@ -1,10 +1,11 @@
-"""Times the tiles, warps and stages of the training kernel on a GPU, and prints the row that the table should have.
+"""Times the training kernel's ways, tiles, warps and stages on a GPU, and prints the row that its table should have.
 
     python -m bench.sweep [--json FILE]
 
-For each case several processes compile every configuration of `GRID` that fits, as train_steps would. What spills is
-left out. The rest train as in bench_train_steps.py, in turns with the current row of the table; before that their first
-gradients and losses are compared with eager's. The fastest is printed as a row, with the time that chose it.
+For each case several processes compile every configuration of `STREAMED` and `ON_CHIP` that fits, as train_steps would.
+What spills is left out, on chip what spills much. The rest train as in bench_train_steps.py, in turns with the current
+row of the table; before that their first gradients and losses are compared with eager's. The fastest is printed as a
+row, with the time that chose it.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from unittest.mock import patch
 import torch
 
 from fusednn.kernels import mlp_training
+from fusednn.kernels.mlp_training import Config
 from fusednn.kernels.step import Step
 from fusednn.training.engines import resident
 
@@ -34,20 +36,26 @@ from .gpu import MOST_WORKERS
 from .launches import Driver
 from .resources import workers
 
-GRID = ((64, 32), (128, 64, 32), (64, 32), ((8, 1), (8, 2), (16, 1)))
-"""The most rows of the batch, hidden units and inputs of a tile; warps and stages. Those of 128 rows spill."""
+STREAMED = (("streamed",), (64, 32), (128, 64, 32), (64, 32), ((8, 1), (8, 2)))
+"""The way; the most rows of the batch, hidden units and inputs of a tile; warps and stages. Those of 128 rows spill.
+On an H100 those of 16 warps took 1.4 times as long as the best, and more (bench/results)."""
 
-CASES = [
-    # the first two are the nets of the goals; on an H100 in TF32 each stands for a row of the table
-    (DIGITS, 32), (MNIST, 128), (DIGITS, 256),
-]  # fmt: skip
+ON_CHIP = (("columns", "rows"), (128,), (128,), (64, 32), ((8, 1), (16, 1)))
+"""On chip the batch is one tile, and so are the hidden units: with more than 128 of either it does not fit."""
 
-PRECISIONS = ("tf32", "ieee")
+MOST_STACK = 96
+"""Bytes of local memory that a thread may take on chip, if the current row of the table takes no more."""
+
+DEEP = (4, 64, 64, 2)
+
+CASES = {
+    # the first two are the nets of the goals; on an H100 each row of the table has a case, but those of deeper nets
+    "tf32": [(DIGITS, 32), (MNIST, 128), (DEEP, 32), (DIGITS, 256), ((64, 256, 10), 32), (MNIST, 256)],
+    "ieee": [(DIGITS, 32), (MNIST, 128), (DEEP, 32), ((64, 128, 64, 10), 32)],
+}
 
 ROUND_SECONDS, ROUNDS = 0.03, 5
 """How long a round of steps takes, and how many there are of each configuration."""
-
-Config = tuple[int, int, int, int, int]
 
 
 class Setting(NamedTuple):
@@ -70,19 +78,27 @@ class Setting(NamedTuple):
         """The configuration of that row, with the tiles that come of it."""
         return self.cut(self.row()[-1])
 
-    def cut(self, config: tuple[int, ...]) -> Config:
+    def cut(self, config: Config) -> Config:
         """`config` with tiles no larger than the net and the batch, as the launcher takes it."""
         tiles = mlp_training.tiles(config, self.step(), self.batch, self.precision)
-        return tiles.batch, tiles.hidden, tiles.inputs, config[3], config[4]
+        return config[0], tiles.batch, tiles.hidden, tiles.inputs, *config[-2:]
 
     def step(self) -> Step:
         """With PyTorch's default options."""
         return builds.DEFAULT.step(self.sizes)
 
     def configs(self) -> list[Config]:
-        """The grid, each configuration once, and the current one first."""
-        grid = [self.cut((*most, *rest)) for *most, rest in product(*GRID)]
-        return list(dict.fromkeys([self.current(), *grid]))[: 3 if PRETEND == "sample" else None]
+        """What fits of the grids, each configuration once, and the current one first."""
+        grid = [(*most, *rest) for *most, rest in (*product(*ON_CHIP), *product(*STREAMED))]
+        fitting = [self.cut(config) for config in grid if self.holds(config)]
+        tried = dict.fromkeys([self.current(), *fitting])
+        if PRETEND == "sample":  # and the first of another way
+            return [*tried][:1] + [config for config in tried if config[0] != self.current()[0]][:1]
+        return [*tried]
+
+    def holds(self, config: Config) -> bool:
+        """Whether `config` can serve."""
+        return config[0] == "streamed" or mlp_training.fits_on_chip(config, self.step(), self.batch)
 
 
 @contextmanager
@@ -131,6 +147,13 @@ def stacks(pool: ProcessPoolExecutor, setting: Setting) -> dict[Config, int]:
         except Exception as error:
             print(f"{setting}: {config} does not compile: {type(error).__name__}: {str(error)[:200]}")
     return found
+
+
+def worth_timing(found: dict[Config, int], current: Config) -> list[Config]:
+    """The current configuration, and those of a table of `stacks` that spill nothing, or on chip little."""
+    on_chip = max(MOST_STACK, found.get(current, 0))
+    most = {"streamed": 0, "columns": on_chip, "rows": on_chip}
+    return [config for config, stack in found.items() if config == current or stack <= most[config[0]]]
 
 
 class Timed(NamedTuple):
@@ -184,14 +207,17 @@ def measure(setting: Setting, configs: list[Config], wrong: list[str]) -> list[T
 
 def report(setting: Setting, timed: list[Timed]) -> None:
     """Print the times, and the row."""
-    print(f"\n{setting}: us a step, median and range; (rows, hidden units, inputs of a tile, warps, stages)")
+    print(f"\n{setting}: us a step, median and range; (way, rows, hidden units, inputs of a tile, warps, stages)")
     for one in timed:
         current = "  current" if one.config == setting.current() else ""
         print(f"  {one.us():8.2f}  {min(one.rounds):8.2f} to {max(one.rounds):8.2f}  {one.config}{current}")
     best, us = timed[0], {one.config: one.us() for one in timed}
     ratio = f", {best.us() / us[setting.current()]:.3f} of the current row" if setting.current() in us else ""
     words = f"{setting}: {best.us():.2f} us on {torch.cuda.get_device_name()}{ratio}"
-    row = *setting.row()[:-1], best.config
+    *most, current = setting.row()
+    if best.config[0] == "streamed" != current[0]:  # on chip a row holds what fits, and this one all that it names
+        most = [setting.step().layers, setting.batch, setting.sizes[0]]
+    row = *most, best.config
     print(f'  ("{setting.architecture}", "{setting.precision}"): {row},  # {words}', flush=True)
 
 
@@ -212,14 +238,14 @@ def main(arguments: list[str] | None = None) -> int:
     wrong: list[str] = []
     longest = 5.0  # seconds of a setting
     with workers(min(MOST_WORKERS, os.cpu_count() or 1), stand_in, 10 * major + minor) as pool:
-        for precision, case in product(PRECISIONS, CASES):
+        for precision, case in [(precision, case) for precision, cases in CASES.items() for case in cases]:
             begin, setting = time.monotonic(), Setting(*case, precision, architecture)
             if (left := seconds_left()) is not None and left < longest:
                 print(f"{setting}: not reached: no time left")
                 continue
             found = stacks(pool, setting)
-            configs = [config for config, stack in found.items() if not stack or config == setting.current()]
-            print(f"{setting}: {list(found.values()).count(0)} of {len(found)} configurations do not spill")
+            configs = worth_timing(found, setting.current())
+            print(f"{setting}: {len(configs)} of {len(found)} configurations do not spill, or little on chip")
             with float32_products(precision):
                 timed = measure(setting, configs[:1] if PRETEND == "compile" else configs, wrong)
             if timed:

@@ -3,17 +3,19 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 
 from bench import builds, gpu, sweep
-from bench.bench_train_steps import DIGITS, MNIST
+from bench.bench_train_steps import DIGITS, MNIST, Case, Loop
 from bench.sweep import Setting, Timed
 from fusednn.kernels import mlp_training
 
-SETTINGS = [Setting(*case, precision, "sm_90") for precision in sweep.PRECISIONS for case in sweep.CASES]
+SETTINGS = [Setting(*case, precision, "sm_90") for precision, cases in sweep.CASES.items() for case in cases]
 
 
 def launched(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> tuple[int, ...]:
@@ -24,7 +26,9 @@ def launched(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> tuple[int, ..
     monkeypatch.setattr(mlp_training, "launch", lambda kernel, plan, *arguments: plans.append(plan))
     builds.train(setting.step(), setting.batch, torch.float32)
     options = plans[0].options
-    return (*options["TILES"][:3], options["num_warps"], options["num_stages"])
+    tiles = options["TILES"]
+    way = "rows" if tiles.as_rows else "columns" if tiles.on_chip else "streamed"
+    return (way, *tiles[:3], options["num_warps"], options["num_stages"])
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
@@ -40,32 +44,88 @@ def test_what_is_tried_is_what_is_launched(setting: Setting, monkeypatch: pytest
     assert launched(setting, monkeypatch) == configs[0]
 
 
-def test_each_row_of_the_table_has_a_case() -> None:
-    """Of an H100 in TF32, but that of nets with more layers than any case."""
-    rows = [config for *_, config in mlp_training.CONFIGS["sm_90", "tf32"][:-1]]
-    chosen = [mlp_training.choose(builds.DEFAULT.step(sizes), batch, "sm_90", "tf32") for sizes, batch in sweep.CASES]
-    assert {*chosen} == {*rows}
-    assert sweep.CASES[:2] == [(DIGITS, 32), (MNIST, 128)]
+def test_both_ways_are_tried_where_they_fit() -> None:
+    """On chip in tiles of 64 and 32 inputs and with 8 and 16 warps, next to streamed tiles; at most 25 or so a case."""
+    configs = {str(setting): setting.configs() for setting in SETTINGS}
+    tried = configs["784-128-10, batch 128, tf32"]
+    on_chip = {
+        (way, 128, 128, inputs, warps, 1) for way in ("columns", "rows") for inputs in (64, 32) for warps in (8, 16)
+    }
+    assert {config for config in tried if config[0] != "streamed"} == on_chip
+    assert {config[1:4] for config in tried if config[0] == "streamed"} == {*product((64, 32), (128, 64, 32), (64, 32))}
+    for too_large in ("64-128-10, batch 256, tf32", "64-256-10, batch 32, tf32"):
+        assert {config[0] for config in configs[too_large]} == {"streamed"}
+    assert sum(map(len, configs.values())) <= 25 * len(SETTINGS)
+
+
+SHALLOW = [
+    (inputs, *[hidden] * (layers - 1), outputs)
+    for inputs, hidden, outputs, layers in product((4, 64, 784), (32, 64, 128, 256), (2, 10, 100), (1, 2, 3))
+]
+
+
+@pytest.mark.parametrize("precision", sweep.CASES)
+def test_each_row_of_the_table_has_a_case(precision: str) -> None:
+    """Of an H100, but those that serve only nets of more than three layers."""
+
+    def rows(cases: Iterable[tuple[tuple[int, ...], int]]) -> set[tuple[Any, ...]]:
+        return {Setting(*case, precision, "sm_90").row() for case in cases}
+
+    served = rows(product(SHALLOW, (1, 32, 64, 128, 256, 512)))
+    left = [row for row in mlp_training.CONFIGS["sm_90", precision] if row not in served]
+    assert rows(sweep.CASES[precision]) == served
+    assert all(row[0] is None for row in left)
+    assert sweep.CASES[precision][:2] == [(DIGITS, 32), (MNIST, 128)]
+
+
+def test_what_spills_is_not_timed_but_little_on_chip() -> None:
+    streamed, spilling = ("streamed", 32, 64, 64, 8, 1), ("streamed", 32, 64, 64, 8, 2)
+    little, much = ("columns", 32, 64, 64, 8, 1), ("rows", 32, 64, 64, 8, 1)
+    found = {streamed: 0, spilling: 8, little: sweep.MOST_STACK, much: sweep.MOST_STACK + 8}
+    assert sweep.worth_timing(found, streamed) == [streamed, little]
+    assert sweep.worth_timing(found, spilling) == [streamed, spilling, little]
+    assert sweep.worth_timing(found, much) == [streamed, little, much]
+    assert sweep.worth_timing(found | {little: sweep.MOST_STACK + 8}, much) == [streamed, little, much]
+    del found[little]  # the current one does not compile
+    assert sweep.worth_timing(found, little) == [streamed]
+
+
+def test_a_deep_net_trains_as_eager() -> None:
+    loop = Loop(Case(sweep.DEEP, 32, 0, "ieee", "fusednn"), "cpu")
+    assert loop.engine().startswith("train_steps: resident")
+    loop.restart()
+    loop.check()
 
 
 def test_the_report_names_the_best(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
     setting = SETTINGS[0]
-    best, other = Timed((32, 64, 64, 8, 1), None, 10, [3.0, 2.0, 2.5]), Timed(setting.current(), None, 10, [5.0])  # type: ignore[arg-type]
+    config = ("columns", 32, 128, 32, 16, 1)
+    best, other = Timed(config, None, 10, [3.0, 2.0, 2.5]), Timed(setting.current(), None, 10, [5.0])  # type: ignore[arg-type]
     sweep.report(setting, [best, other])
     said = capsys.readouterr().out
-    row = '("sm_90", "tf32"): (2, 32, None, (32, 64, 64, 8, 1)),'
+    row = f'("sm_90", "tf32"): (2, None, None, {config}),'
     assert f"{row}  # 64-128-10, batch 32, tf32: 2.50 us on a card, 0.500 of the current row" in said
     assert "2.00 to     3.00" in said
     sweep.report(setting, [best])
     assert "2.50 us on a card\n" in capsys.readouterr().out
 
 
+def test_a_streamed_row_takes_no_more_from_one_on_chip_than_was_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    config = ("streamed", 32, 64, 64, 8, 1)
+    for setting, most in ((SETTINGS[0], "2, 32, 64"), (Setting(DIGITS, 256, "tf32", "sm_90"), "2, None, 64")):
+        sweep.report(setting, [Timed(config, None, 10, [3.0])])  # type: ignore[arg-type]
+        assert f'("sm_90", "tf32"): ({most}, {config}),' in capsys.readouterr().out
+
+
 COMPILE = """
 from bench import resources, sweep
 
 if __name__ == "__main__":
-    sweep.Setting.configs = lambda setting: [(64, 32, 64, 8, 1), (128, 64, 64, 8, 1)]
+    sweep.Setting.configs = lambda setting: [("streamed", 64, 32, 64, 8, 1), ("streamed", 128, 64, 64, 8, 1)]
     with resources.workers(2, sweep.stand_in, 90) as pool:
         stacks = sweep.stacks(pool, sweep.Setting((64, 64, 10), 256, "tf32", "sm_90"))
     print([stack > 0 for stack in stacks.values()])

@@ -27,20 +27,28 @@ from torch import Tensor, nn
 
 from fusednn import CrossEntropyLoss, SimpleNN, explain, make_train_step, reference, train_steps
 from fusednn.training import plan
-from fusednn.training.engines.captured import LEAST_STEPS
+from fusednn.training.engines import captured
 
 from .conftest import PRETEND, Told, capture, cold, compiled, need
 
 pytestmark = pytest.mark.filterwarnings("default")  # Inductor's, that TF32 is off, is no error here
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-DIGITS, MNIST = (64, 128, 10), (784, 128, 10)
+SAMPLE = PRETEND == "sample"
 
-ROWS = {64: 7 * 256, 784: 468 * 128}
+DIGITS, MNIST = (64, 128, 10), (144 if SAMPLE else 784, 128, 10)
+
+ROWS = {64: 7 * 256, MNIST[0]: (4 if SAMPLE else 468) * 128}
 """By the number of inputs: about as many as the digits and MNIST have, in whole batches, which a CUDA graph needs."""
+
+if SAMPLE:  # a run is long as soon as a graph is replayed
+    captured.LEAST_STEPS = captured.UNCAPTURED + 1
 
 CHECKED = {"tf32": 2e-2, "ieee": 1e-3}
 """How far the first losses may be from eager's, relative to them: Adam's first steps are as large for noise."""
+
+CHECKED_STEPS = 2 if SAMPLE else 10
+"""How many losses that is."""
 
 CHECKED_GRADIENT = {"tf32": 0.1, "ieee": 1e-3}
 """How far the first gradient may be from eager's, by norm: a hidden unit near 0 may be on in one and off in the other,
@@ -53,14 +61,6 @@ COMPILE_SECONDS = 25
 """What torch.compile may need for a whole step, or a cold process for its first."""
 
 
-class Implementation(NamedTuple):
-    """A net of given sizes, a loss, options of Adam, and how Python runs the steps.
-
-    `way` is "eager", "compile", "graph", "train_steps" or "make_train_step".
-    """
-
-    network: Callable[..., nn.Module] = plain
-    criterion: Callable[[], nn.Module] = nn.CrossEntropyLoss
 def plain(*sizes: int) -> nn.Module:
     """PyTorch's modules: SimpleNN, and of another depth Linear layers with ReLU between them."""
     if len(sizes) == 3:
@@ -69,6 +69,14 @@ def plain(*sizes: int) -> nn.Module:
     return nn.Sequential(*layers[:-1])
 
 
+class Implementation(NamedTuple):
+    """A net of given sizes, a loss, options of Adam, and how Python runs the steps.
+
+    `way` is "eager", "compile", "graph", "train_steps" or "make_train_step".
+    """
+
+    network: Callable[..., nn.Module] = plain
+    criterion: Callable[[], nn.Module] = nn.CrossEntropyLoss
     adam: tuple[str, ...] = ()
     way: str = "eager"
 
@@ -230,12 +238,14 @@ class Loop:
             error = torch.linalg.vector_norm(ours - theirs) / torch.linalg.vector_norm(theirs)
             most = CHECKED_GRADIENT[self.case.precision] * (1 if self.case.batch >= 32 else 5)
             assert error <= most, f"the first gradient is off by {error:.2e}"
-        torch.testing.assert_close(self.losses(10), eager.losses(10), rtol=CHECKED[self.case.precision], atol=0)
+        ours, theirs = self.losses(CHECKED_STEPS), eager.losses(CHECKED_STEPS)
+        torch.testing.assert_close(ours, theirs, rtol=CHECKED[self.case.precision], atol=0)
 
     def steps_a_round(self) -> int:
         """What the case asks for, or what takes ROUND_SECONDS, by a first run of some steps."""
         if PRETEND or self.case.steps:
-            return min(self.case.steps or 3, 3) if PRETEND else self.case.steps
+            few = 2 if SAMPLE else 3
+            return min(self.case.steps or few, few) if PRETEND else self.case.steps
         steps = 100
         self.run(steps)
         for _ in range(2):  # of 100 steps a call of train_steps is the larger part
@@ -246,7 +256,7 @@ class Loop:
 
     def engine(self) -> str:
         """Who makes the steps of train_steps in a long run, as `explain` says; makes as many as that takes."""
-        return str(explain(partial(self.train, LEAST_STEPS if self.inputs.is_cuda else 1))[-1])
+        return str(explain(partial(self.train, captured.LEAST_STEPS if self.inputs.is_cuda else 1))[-1])
 
 
 def measure(case: Case, benchmark: Any) -> None:

@@ -53,6 +53,8 @@ def all_kernels() -> list[Any]:
         linear,
         losses,
         mlp_training_kernels,
+        mlp_training_on_chip,
+        mlp_training_tiles,
         numerics,
         updates,
     )
@@ -65,6 +67,8 @@ def all_kernels() -> list[Any]:
         losses,
         cross_entropy,
         linear,
+        mlp_training_tiles,
+        mlp_training_on_chip,
         mlp_training_kernels,
     )
     named = [value for module in modules for _, value in sorted(vars(module).items())]

@@ -22,10 +22,11 @@ MOST_CLASSES, MOST_ROWS, MOST_WORK = 128, 512, 2**26
 MOST_BEFORE_GRAPH = {"tf32": 2**21, "ieee": 2**20}
 """Products in a forward above which a CUDA graph of many programs is quicker than one program, where one can be made.
 
-On an H100, us a step of one program and of a graph, nn.Linear and nn.CrossEntropyLoss, TF32 and exact: 64-128-10 at
-batch 32 (0.3e6 products) 14 and 67, 28 and 85; at 64 24 and 65, 52 and 89; at 128 (1.2e6) 43 and about 65, 97 and about
-90; at 256 (2.4e6) 77 and about 65; 784-128-10 at 32 (3.3e6) 108 and 64, 229 and 90; at 128 (13e6) 313 and 77, 794 and
-160. "About": with epochs of 14 and 7 steps, of which each was a chunk of its own then, a graph took 119 and 271."""
+On an H100, before steps of one program stayed on chip, us a step of one program and of a graph, nn.Linear and
+nn.CrossEntropyLoss, TF32 and exact: 64-128-10 at batch 32 (0.3e6 products) 14 and 67, 28 and 85; at 64 24 and 65, 52
+and 89; at 128 (1.2e6) 43 and about 65, 97 and about 90; at 256 (2.4e6) 77 and about 65; 784-128-10 at 32 (3.3e6) 108
+and 64, 229 and 90; at 128 (13e6) 313 and 77, 794 and 160. "About": with epochs of 14 and 7 steps, of which each was a
+chunk of its own then, a graph took 119 and 271."""
 
 
 class Resident(Chunks):

@@ -6,9 +6,10 @@
 Only parameters and their state go through memory. The tiles are transposed, with the batch along the columns: so all
 outputs of a row are in one warp, whose loss needs no barrier, and so are all rows of a hidden unit, for db.
 
-A warp reads what another has written in two places, each behind a barrier of its own: parameters that the step before
-has made, and gradients (see `train_layers`). All other barriers are Triton's, for tiles that warps exchange through
+Two barriers are written down: one when all warps have read the parameters, before the first is stored, and the kernel's
+own at the end of a step, before the next one reads them. All others are Triton's, for tiles that warps exchange through
 shared memory: the operands of products, the sums over the batch, and each gradient on its way to the layout of memory.
+docs/performance.md tells them one by one.
 """
 
 import triton

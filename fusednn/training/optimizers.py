@@ -11,6 +11,9 @@ from torch.optim import optimizer as torch_optimizer
 
 from ..reading import GONE, Facts
 
+LEAST_EPS = 2.0**-126
+"""The smallest normal number of float32: of a smaller one a GPU makes 0, and of the root of a negative one NaN."""
+
 
 def refusal(optimizer: Optimizer, parameters: list[Tensor], schedule: Any, facts: Facts) -> str | None:
     """Why no kernel makes the steps of `optimizer` for exactly these `parameters`, or None if one does.
@@ -125,7 +128,11 @@ def _options_refusal(group: dict[str, Any], is_sgd: bool, on_cpu: bool, facts: F
     for number in numbers:
         if (refusal := _number_refusal(number)) is not None:
             return refusal
-    return None if is_sgd or all(0 <= beta < 1 for beta in betas) else f"the option betas is {betas!r}"
+    if is_sgd:
+        return None
+    if group["eps"] != 0 and not group["eps"] >= LEAST_EPS:
+        return f"the option eps is {group['eps']!r}"
+    return None if all(0 <= beta < 1 for beta in betas) else f"the option betas is {betas!r}"
 
 
 def _state_refusal(state: dict[str, Any], parameter: Tensor, is_sgd: bool, facts: Facts) -> str | None:

@@ -28,11 +28,11 @@ import triton.language as tl
 from fusednn.kernels import mlp_training
 from fusednn.training.engines import resident
 
-from . import builds, cycles, resources, sass, watch
+from . import builds, cycles, resources, sass
 from .bench_train_steps import Case, Loop
 from .conftest import PRETEND, Stamp, float32_products, seconds_left
 from .gpu import MOST_WORKERS
-from .sweep import stand_in
+from .sweep import readable_gpu, stand_in
 
 NETS = [(64, 128, 10), (32, 64, 10), (784, 128, 10)]
 
@@ -320,16 +320,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.clock", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured to FILE")
     options = parser.parse_args(arguments)
-    watch.compilations()
-    if not torch.cuda.is_available():
-        parser.error("this needs a GPU")
-    architecture = mlp_training.architecture_of(torch.empty(0, device="cuda"))
-    if architecture == "other":
-        print("left out: machine code is read for NVIDIA's GPUs alone")
+    if (gpu := readable_gpu(parser)) is None:
         return 0
-    major, minor = torch.cuda.get_device_capability()
+    architecture, number = gpu
     count = min(MOST_WORKERS, os.cpu_count() or 1, len(CASES))
-    with resources.workers(count, stand_in, 10 * major + minor) as pool:
+    with resources.workers(count, stand_in, number) as pool:
         begin = time.monotonic()
         readings = {case: pool.submit(compile_step, *case, architecture) for case in CASES}
         if PRETEND == "compile":

@@ -222,23 +222,34 @@ def report(setting: Setting, timed: list[Timed]) -> None:
     print(f'  ("{setting.architecture}", "{setting.precision}"): {row},  # {words}', flush=True)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Compile, time, print; 1 if nothing could be timed, or if a configuration trains wrongly."""
-    parser = argparse.ArgumentParser(prog="python -m bench.sweep", description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the times to FILE")
-    options = parser.parse_args(arguments)
+def readable_gpu(parser: argparse.ArgumentParser) -> tuple[str, int] | None:
+    """The architecture of the GPU, by its name in the tables and by its number, for a module that reads compiled code.
+
+    From here on what is compiled is noted. None, once that is printed, if the GPU is not NVIDIA's.
+    """
     watch.compilations()
     if not torch.cuda.is_available():
         parser.error("this needs a GPU")
     architecture = mlp_training.architecture_of(torch.empty(0, device="cuda"))
     if architecture == "other":
         print("left out: compiled kernels are read for NVIDIA's GPUs alone")
-        return 0
+        return None
     major, minor = torch.cuda.get_device_capability()
+    return architecture, 10 * major + minor
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compile, time, print; 1 if nothing could be timed, or if a configuration trains wrongly."""
+    parser = argparse.ArgumentParser(prog="python -m bench.sweep", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the times to FILE")
+    options = parser.parse_args(arguments)
+    if (gpu := readable_gpu(parser)) is None:
+        return 0
+    architecture, number = gpu
     results: list[dict[str, Any]] = []
     wrong: list[str] = []
     longest = 5.0  # seconds of a setting
-    with workers(min(MOST_WORKERS, os.cpu_count() or 1), stand_in, 10 * major + minor) as pool:
+    with workers(min(MOST_WORKERS, os.cpu_count() or 1), stand_in, number) as pool:
         for precision, case in [(precision, case) for precision, cases in CASES.items() for case in cases]:
             begin, setting = time.monotonic(), Setting(*case, precision, architecture)
             if (left := seconds_left()) is not None and left < longest:

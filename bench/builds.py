@@ -255,7 +255,7 @@ def train(step: Step, batch: int, dtype: torch.dtype) -> None:
     mlp_training.train_mlp(
         step, x, labels, labels, x.new_empty(step.sizes[-1]), weights, weights, weights,
         x.new_empty(1000, len(weights), ROW), batch_size=batch, position=0, epoch_rows=len(x), ignore_index=-100,
-        label_smoothing=0.1 * step.loss.smoothed,
+        label_smoothing=0.1 * step.loss.smoothed, one_row=True,
     )  # fmt: skip
 
 

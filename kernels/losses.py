@@ -14,33 +14,35 @@ from .cross_entropy_kernels import (
 
 
 @triton.jit
-def loss_of(
-    y, data, rows, mask_b, offs_o, ignore_index, smoothing,
-    OUTPUTS: tl.constexpr, LOSS: tl.constexpr,
+def load_targets(
+    data, rows, mask_b, ignore_index, OUTPUTS: tl.constexpr, LOSS: tl.constexpr, dtype: tl.constexpr
 ):  # fmt: skip
-    """Of outputs y [BLOCK_B, BLOCK_O], all of the rows: losses, weights, dy, which rows count, and which are right.
-
-    `data` has targets, class_weight and stride_t. What is behind the last row or output is 0 in the losses and weights,
-    False in the rest, and anything in dy. dy is of the sum of the losses, without the mean's division.
-    """
+    """What a loss needs of the targets of rows, which a step may load long before: labels, weights, which rows count
+    and which labels are classes. `data` has targets, class_weight and stride_t."""
     tl.static_assert(LOSS.name == "cross_entropy", "this loss has no device function")
-    return cross_entropy(y, data, rows, mask_b, offs_o, ignore_index, smoothing, OUTPUTS, LOSS)
-
-
-@triton.jit
-def cross_entropy(
-    y, data, rows, mask_b, offs_o, ignore_index, smoothing,
-    OUTPUTS: tl.constexpr, LOSS: tl.constexpr,
-):  # fmt: skip
-    """-log softmax(y) at the label; with class weights and smoothing as cross_entropy_kernels.py says."""
-    dtype: tl.constexpr = y.dtype
-    MASSES: tl.constexpr = LOSS.weighted and LOSS.smoothed
-    mask_o = offs_o < OUTPUTS
-    mask = mask_b[:, None] & mask_o[None, :]
-    label, weight, valid, in_range = load_labels(
+    return load_labels(
         data.targets, data.class_weight, rows, mask_b, OUTPUTS, 1, (data.stride_t, 0, 0), ignore_index, False,
         LOSS.weighted, dtype,
     )  # fmt: skip
+
+
+@triton.jit
+def loss_of(y, data, targets, mask_b, offs_o, smoothing, OUTPUTS: tl.constexpr, LOSS: tl.constexpr):
+    """Of outputs y [BLOCK_B, BLOCK_O], all of the rows: losses, weights, dy, which rows count, and which are right.
+
+    `targets` are those of :func:`load_targets`. What is behind the last row or output is 0 in the losses and weights,
+    False in the rest, and anything in dy. dy is of the sum of the losses, without the mean's division.
+    """
+    return cross_entropy(y, data, targets, mask_b, offs_o, smoothing, OUTPUTS, LOSS)
+
+
+@triton.jit
+def cross_entropy(y, data, targets, mask_b, offs_o, smoothing, OUTPUTS: tl.constexpr, LOSS: tl.constexpr):
+    """-log softmax(y) at the label; with class weights and smoothing as cross_entropy_kernels.py says."""
+    MASSES: tl.constexpr = LOSS.weighted and LOSS.smoothed
+    mask_o = offs_o < OUTPUTS
+    mask = mask_b[:, None] & mask_o[None, :]
+    label, weight, valid, in_range = targets
     kept, share = split_smoothing(weight, smoothing, OUTPUTS, LOSS.smoothed)
     a, mass = y, weight
     if MASSES:

@@ -26,7 +26,8 @@ CONFIGS = {
     # that are gone since: 64-128-10 at batch 32, TF32 12.3, exact 24.9; at 256, TF32 90, and 79 in tiles that spill
     # where the hidden units are 64; 784-128-10 at 128, TF32 253 and exact 891, both the best of a sweep.
     ("sm_90", "tf32"): (
-        (2, None, None, ("columns", 128, 128, 64, 8, 1)), (3, None, None, ("columns", 32, 64, 64, 8, 1)),
+        (2, 64, None, ("held", 64, 128, 64, 8, 1)), (2, None, None, ("columns", 128, 128, 64, 8, 1)),
+        (3, None, None, ("held", 32, 64, 64, 8, 1)), (3, None, None, ("columns", 32, 64, 64, 8, 1)),
         (2, 32, None, ("streamed", 32, 128, 64, 8, 2)), (2, None, 64, ("streamed", 64, 32, 64, 8, 1)),
         (3, None, None, ("streamed", 64, 64, 64, 8, 1)), (None, None, None, ("streamed", 32, 64, 64, 8, 1)),
     ),
@@ -36,22 +37,26 @@ CONFIGS = {
         (None, None, None, ("streamed", 32, 16, 64, 8, 1)),
     ),
     ("sm_80", "tf32"): (
+        (2, 32, None, ("held rows", 32, 128, 64, 8, 1)),
         (2, None, None, ("rows", 32, 128, 64, 8, 1)), (2, None, None, ("rows", 64, 64, 64, 8, 1)),
         (3, None, None, ("rows", 32, 64, 64, 8, 1)),
         (2, 32, None, ("streamed", 32, 64, 64, 8, 1)), (3, None, None, ("streamed", 64, 64, 64, 8, 1)),
         (None, None, None, ("streamed", 32, 32, 64, 8, 1)),
     ),
     ("sm_90", "ieee"): (
-        (2, None, None, ("columns", 32, 128, 64, 8, 1)), (3, None, None, ("columns", 32, 64, 64, 8, 1)),
+        (2, 32, None, ("held split", 32, 128, 64, 8, 1)), (2, None, None, ("columns split", 128, 128, 64, 8, 1)),
+        (3, None, None, ("held split", 32, 64, 64, 8, 1)), (3, None, None, ("columns split", 32, 64, 64, 8, 1)),
         (None, None, None, ("columns", 32, 32, 64, 8, 1)),
         (2, None, None, ("streamed", 32, 64, 64, 8, 1)), (None, None, None, ("streamed", 32, 32, 64, 8, 1)),
     ),
     ("sm_100", "ieee"): (
+        (2, 32, None, ("held split", 32, 128, 64, 8, 1)),
         (2, None, None, ("columns", 32, 128, 32, 8, 1)),
         (2, None, None, ("streamed", 32, 64, 64, 8, 1)), (4, None, None, ("streamed", 32, 32, 64, 8, 1)),
         (None, None, None, ("streamed", 32, 16, 64, 8, 1)),
     ),
     ("sm_80", "ieee"): (
+        (2, 32, None, ("held rows split", 32, 128, 64, 8, 1)),
         (2, None, None, ("columns", 32, 128, 64, 8, 1)), (3, None, None, ("columns", 32, 64, 64, 8, 1)),
         (None, None, None, ("columns", 32, 32, 64, 8, 1)),
         (2, None, None, ("streamed", 32, 64, 64, 8, 1)), (None, None, None, ("streamed", 32, 32, 64, 8, 1)),
@@ -66,6 +71,9 @@ CONFIGS = {
         (3, None, None, ("columns", 16, 32, 32, 4, 1)), (None, None, None, ("streamed", 16, 32, 32, 4, 1)),
     ),
 }  # fmt: skip
+
+SPLIT = "tf32x3"
+"""The precision of exact products by tensor cores: see mlp_training_products.py."""
 
 MOST_WEIGHTS = 2048
 """Elements of a tile of the last W."""
@@ -95,7 +103,8 @@ def choose(step: Step, batch: int, architecture: str, precision: str) -> Config:
 def fits_on_chip(config: Config, step: Step, batch: int) -> bool:
     """Whether the batch, each hidden layer and the last W are one tile each."""
     hidden = max(step.sizes[1:-1], default=1)
-    return batch <= config[1] and hidden <= config[2] and block(hidden) * outputs_on_chip(step) <= MOST_WEIGHTS
+    fits = batch <= config[1] and hidden <= config[2] and block(hidden) * outputs_on_chip(step) <= MOST_WEIGHTS
+    return fits and ("held" not in config[0] or step.sizes[0] <= config[3])
 
 
 def outputs_on_chip(step: Step) -> int:
@@ -103,17 +112,19 @@ def outputs_on_chip(step: Step) -> int:
     return int(block(step.sizes[-1] + sums_of(step.loss.weighted, step.accuracy)))
 
 
-def tiles(config: Config, step: Step, batch: int, precision: str) -> Tiles:
+def tiles(config: Config, step: Step, batch: int, precision: str, one_row: bool = False, fenced: bool = False) -> Tiles:
     """The tiles of a configuration, no larger than the net and the batch."""
     way, *most = config
     hidden = max(step.sizes[1:-1], default=1)
     inputs = step.sizes[0] if way != "streamed" else max(step.sizes[: max(1, step.layers - 1)])
     block_b, block_h, block_i = (fitted(*pair) for pair in zip(most, (batch, hidden, inputs), strict=False))
     if way != "streamed":
-        return Tiles(block_b, block_h, block_i, outputs_on_chip(step), True, precision, True, way == "rows")
+        precision = SPLIT if "split" in way else precision
+        ways = "rows" in way, "held" in way, one_row, fenced
+        return Tiles(block_b, block_h, block_i, outputs_on_chip(step), True, precision, True, *ways)
     block_o = block(step.sizes[-1])
     block_h = min(block_h, max(16, MOST_WEIGHTS // block_o))
-    return Tiles(block_b, block_h, block_i, block_o, batch <= block_b, precision, False, False)
+    return Tiles(block_b, block_h, block_i, block_o, batch <= block_b, precision, False)
 
 
 def architecture_of(x: torch.Tensor) -> str:
@@ -125,10 +136,13 @@ def architecture_of(x: torch.Tensor) -> str:
 
 
 @lru_cache(maxsize=4096)
-def plan_training(step: Step, batch: int, architecture: str, dtype: torch.dtype, precision: str) -> Launch:
+def plan_training(
+    step: Step, batch: int, architecture: str, dtype: torch.dtype, precision: str, one_row: bool = False
+) -> Launch:
     """The launch of mlp_training_kernel."""
     config = choose(step, batch, architecture, "fp64" if dtype == torch.float64 else precision)
-    cut, (warps, stages) = tiles(config, step, batch, precision), config[4:]
+    fenced = architecture in ("sm_90", "sm_100")
+    cut, (warps, stages) = tiles(config, step, batch, precision, one_row, fenced), config[4:]
     most_registers = None if architecture == "other" else min(MOST_REGISTERS, REGISTERS // (32 * warps))
     launched = LaunchConfig(cut.batch, cut.hidden, cut.inputs, warps, stages, most_registers)
     return plan(1, launched, STEP=step, TILES=cut)
@@ -162,16 +176,18 @@ def train_mlp(
     epoch_rows: int,
     ignore_index: int,
     label_smoothing: float,
+    one_row: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Make a step for each row of `table` [steps, 2 * layers, ROW]; returns losses and accuracies, [steps] each.
 
     x [N, I] and targets [N], any strides; `order` has the rows of the steps one after the other, int64, and the first
     step lies `position` rows into its epoch of `epoch_rows`. `weights` are W [sizes[l + 1], sizes[l]] and b
     [sizes[l + 1]] or None of each layer l, `firsts` and `seconds` the state of each: contiguous, of x's dtype, float32
-    or float64, and written to. Accuracies are empty if the step does not ask for them.
+    or float64, and written to. `one_row` says that all parameters have the same row of the table at each step.
+    Accuracies are empty if the step does not ask for them.
     """
     steps, batch = table.shape[0], min(batch_size, max(1, epoch_rows))
-    planned = plan_training(step, batch, architecture_of(x), x.dtype, precision_of(x))
+    planned = plan_training(step, batch, architecture_of(x), x.dtype, precision_of(x), one_row)
     losses, accuracies = x.new_empty(steps), x.new_empty(steps if step.accuracy else 0)
     hidden, slopes, gradients = buffers(x, step, batch, planned.options["TILES"])
     nothing = weights[0]  # in the place of what is not there

@@ -5,11 +5,11 @@
 
 What a step is, is one value, a `Step` (step.py), and how it is cut another, `Tiles`: both are compile-time arguments.
 
-A step gathers its rows of x through the order of the epoch. Parameters and the state of the optimizer lie in global
-memory, from where a small net never leaves the L1 cache of the one SM and a larger one streams from L2. Where the batch
-and each hidden layer are one tile, all else stays on chip (mlp_training_on_chip.py). Otherwise tiles of the batch, of
-the hidden units and of the inputs of a layer are what is held in registers, and all outputs are one tile: the step is
-streamed. What it hands from one part to the next then lies beside the parameters:
+A step gathers its rows of x through the order of the epoch. Where the batch and each hidden layer are one tile, steps
+stay on chip (mlp_training_on_chip.py), and so do the parameters and the state of the optimizer if they fit. Otherwise
+these lie in global memory, from where a small net never leaves the L1 cache of the one SM and a larger one streams from
+L2; tiles of the batch, of the hidden units and of the inputs of a layer are what is held in registers, and all outputs
+are one tile: the step is streamed. What it hands from one part to the next then lies beside the parameters:
 
     hidden      the values of each hidden layer; in place of the last one's comes its dz, tile by tile
     slopes      of the activations whose slope is read off the number before. Computing them again in backward costs
@@ -25,9 +25,9 @@ import triton
 import triton.language as tl
 
 from .activations import BEFORE, reads_before, slope, times_slope, value
-from .losses import loss_of
-from .mlp_training_on_chip import train_layers
-from .mlp_training_tiles import fitted, load_x, step_on
+from .losses import load_targets, loss_of
+from .mlp_training_on_chip import on_chip_steps
+from .mlp_training_tiles import fitted, load_x, quotient, step_on
 from .updates import ROW
 
 
@@ -138,7 +138,8 @@ def forward_tile(
         z = output_tile(data, weights, hidden, slopes, rows, offs_b, mask_b, offs_o, LAYERS - 1, STEP, TILES)
 
     y = value(z, ACTIVATION)
-    loss, weight, dy, valid, right = loss_of(y, data, rows, mask_b, offs_o, ignore_index, smoothing, O, LOSS)
+    targets = load_targets(data, rows, mask_b, ignore_index, O, LOSS, dtype)
+    loss, weight, dy, valid, right = loss_of(y, data, targets, mask_b, offs_o, smoothing, O, LOSS)
     a = z if reads_before(ACTIVATION.name, BEFORE) else y
     dz = times_slope(dy, slope(a, ACTIVATION), ACTIVATION)
     dz = tl.where(mask_b[:, None] & (offs_o < O)[None, :], dz, 0.0)
@@ -355,7 +356,7 @@ def streamed_step(
     losses_ptr, accuracies_ptr = trace
     tl.store(losses_ptr, loss / weight if STEP.loss.mean else loss)
     if STEP.accuracy:
-        tl.store(accuracies_ptr, right / counted)
+        tl.store(accuracies_ptr, quotient(right, counted))
     one = tl.full((), 1.0, dtype)
     scale = tl.where(counted > 0, 1.0 / weight, 1.0) if STEP.loss.mean else one  # no rows: no gradient
     tl.debug_barrier()  # hidden and dz are there, and the parameters were read
@@ -367,15 +368,23 @@ def streamed_step(
 
 
 @triton.jit
-def on_chip_step(
-    data, parameters, order_ptr, row_ptr, trace, size, ignore_index, smoothing, STEP: tl.constexpr, TILES: tl.constexpr
-):
-    """A step on the `size` rows from `order_ptr` on, which are one tile."""
-    offs_b, offs_i = tl.arange(0, TILES.batch), tl.arange(0, fitted(TILES.inputs, STEP.sizes[0]))
-    mask_b = offs_b < size
-    rows = tl.load(order_ptr + offs_b, mask=mask_b, other=0)
-    x = load_x(data, rows, mask_b, offs_i, STEP.sizes[0])  # if there are more, train_layers loads its own
-    train_layers(data, parameters, tl.trans(x), rows, mask_b, row_ptr, trace, ignore_index, smoothing, 0, STEP, TILES)
+def streamed_steps(
+    table_ptr, data, parameters, hidden, slopes, gradients, traces, epoch_rows, batch_size, position, steps,
+    ignore_index, smoothing, STEP: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """`steps` steps, tile by tile."""
+    LAYERS: tl.constexpr = len(STEP.biases)
+    order_ptr = data.order
+    for step in tl.range(steps, num_stages=1):  # no load may come before a store of the step before
+        size = tl.minimum(batch_size, epoch_rows - position)
+        row_ptr, trace = table_ptr + step * (2 * LAYERS * ROW), (traces[0] + step, traces[1] + step)
+        streamed_step(
+            data, parameters, hidden, slopes, gradients, order_ptr, row_ptr, trace, size, ignore_index, smoothing,
+            STEP, TILES,
+        )  # fmt: skip
+        order_ptr += size
+        position = tl.where(position + size >= epoch_rows, 0, position + size)
+        tl.debug_barrier()  # the parameters are there, and hidden and dz were read
 
 
 @triton.jit(do_not_specialize=["epoch_rows", "batch_size", "position", "steps", "ignore_index", "smoothing"])
@@ -388,20 +397,14 @@ def mlp_training_kernel(
     weights, firsts and seconds are W1, b1, W2, ... and the state of each; traces the losses and the accuracies. The
     table has a row for each step and parameter.
     """
-    LAYERS: tl.constexpr = len(STEP.biases)
     parameters = (weights, firsts, seconds)
-    order_ptr = data.order
-    for step in tl.range(steps, num_stages=1):  # no load may come before a store of the step before
-        size = tl.minimum(batch_size, epoch_rows - position)
-        row_ptr = table_ptr + step * (2 * LAYERS * ROW)
-        trace = (traces[0] + step, traces[1] + step)
-        if TILES.on_chip:
-            on_chip_step(data, parameters, order_ptr, row_ptr, trace, size, ignore_index, smoothing, STEP, TILES)
-        else:
-            streamed_step(
-                data, parameters, hidden, slopes, gradients, order_ptr, row_ptr, trace, size, ignore_index, smoothing,
-                STEP, TILES,
-            )  # fmt: skip
-        order_ptr += size
-        position = tl.where(position + size >= epoch_rows, 0, position + size)
-        tl.debug_barrier()  # the parameters are there, and hidden and dz were read
+    if TILES.on_chip:
+        on_chip_steps(
+            table_ptr, data, parameters, traces, epoch_rows, batch_size, position, steps, ignore_index, smoothing,
+            STEP, TILES,
+        )  # fmt: skip
+    else:
+        streamed_steps(
+            table_ptr, data, parameters, hidden, slopes, gradients, traces, epoch_rows, batch_size, position, steps,
+            ignore_index, smoothing, STEP, TILES,
+        )  # fmt: skip

@@ -5,12 +5,14 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .updates import ROW, update
+from .updates import ROW, numbers_of, update
 
 
 class Tiles(NamedTuple):
     """The most rows of the batch, hidden units and inputs of a layer in a tile, and all outputs; whether a batch is one
-    tile; the precision of products; whether the step stays on chip, and then multiplies the last layer as rows."""
+    tile; the precision of products; whether the step stays on chip. And if so, whether it multiplies the last layer as
+    rows, whether parameters and their state stay there from step to step, and whether all parameters have one row of
+    the optimizer's table."""
 
     batch: int
     hidden: int
@@ -19,7 +21,10 @@ class Tiles(NamedTuple):
     one_batch: bool
     precision: str
     on_chip: bool
-    as_rows: bool
+    as_rows: bool = False
+    held: bool = False
+    one_row: bool = False
+    fenced: bool = False
 
 
 class Data(NamedTuple):
@@ -54,21 +59,36 @@ def load_x(data, rows, mask_b, offs_i, I: tl.constexpr):
 
 
 @triton.jit
-def step_on(parameters, PARAMETER: tl.constexpr, offs, mask, g, row_ptr, STEP: tl.constexpr):
-    """The optimizer's step on some elements of a parameter, whose gradient g is a product, or the sum of one.
-
-    The order of parameters is W1, b1, W2, b2, ... Of the layouts of a product and of memory Triton takes the product's,
-    and would bring w and its state to that and back. Transposed g is no product any more: it alone is brought over.
-    """
-    if len(g.shape) == 1:
-        offs, mask, g = offs[:, None], mask[:, None], g[:, None]
-    step_as_given(parameters, PARAMETER, tl.trans(offs), tl.trans(mask), tl.trans(g), row_ptr, STEP)
+def quotient(a, b):
+    """a / b, rounded as IEEE 754 has it: by itself Triton's may be off by 2 units in the last place in float32."""
+    return tl.div_rn(a, b) if a.dtype == tl.float32 else a / b
 
 
 @triton.jit
-def step_as_given(parameters, PARAMETER: tl.constexpr, offs, mask, g, row_ptr, STEP: tl.constexpr):
-    """`step_on` of a gradient that is transposed already."""
+def step_on(parameters, PARAMETER: tl.constexpr, offs, mask, g, row_ptr, STEP: tl.constexpr):
+    """The optimizer's step on some elements of a parameter, whose gradient g is a product, or the sum of one.
+
+    The order of parameters is W1, b1, W2, b2, ..., and that of the rows from `row_ptr` on.
+    """
+    RULE: tl.constexpr = STEP.rule
+    step_transposed(parameters, PARAMETER, offs, mask, g, numbers_of(row_ptr + PARAMETER * ROW, RULE), STEP)
+
+
+@triton.jit
+def step_transposed(parameters, PARAMETER: tl.constexpr, offs, mask, g, numbers, STEP: tl.constexpr):
+    """The same with the optimizer's numbers given.
+
+    Of the layouts of a product and of memory Triton takes the product's, and would bring w and its state to that and
+    back. Transposed g is no product any more: it alone is brought over.
+    """
+    if len(g.shape) == 1:
+        offs, mask, g = offs[:, None], mask[:, None], g[:, None]
+    step_as_given(parameters, PARAMETER, tl.trans(offs), tl.trans(mask), tl.trans(g), numbers, STEP)
+
+
+@triton.jit
+def step_as_given(parameters, PARAMETER: tl.constexpr, offs, mask, g, numbers, STEP: tl.constexpr):
+    """`step_transposed` of a gradient that is transposed already."""
     RULE: tl.constexpr = STEP.rule
     weights, firsts, seconds = parameters
-    row_ptr += PARAMETER * ROW
-    update(weights[PARAMETER], firsts[PARAMETER], seconds[PARAMETER], offs, mask, g, row_ptr, RULE)
+    update(weights[PARAMETER], firsts[PARAMETER], seconds[PARAMETER], offs, mask, g, numbers, RULE)

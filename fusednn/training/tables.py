@@ -24,7 +24,7 @@ class Taken(NamedTuple):
     `table` [steps, parameters, ROW], in the parameters' dtype and on their device, has the numbers that do not depend
     on gradients, at the places that kernels/step.py names; `firsts` and `seconds` are the state of each parameter, and
     `counts` that of its steps, [], None where there is none. With `gives_arrays` the table of one step may be
-    an array.array.
+    an array.array. `one_row` says that the numbers are the same for all parameters.
     """
 
     rule: Rule
@@ -33,6 +33,7 @@ class Taken(NamedTuple):
     firsts: tuple[Tensor | None, ...]
     seconds: tuple[Tensor | None, ...]
     counts: tuple[Tensor | None, ...]
+    one_row: bool
 
 
 class KernelOptimizer:
@@ -68,7 +69,7 @@ class KernelOptimizer:
             if ages.count(ages[0]) == len(ages):
                 row = self._columns(ages[0], [group], 1, False)
                 if _PLAIN.issuperset(map(type, row)):
-                    return Taken(before.rule, 1, self._packed(row * len(self.parameters)), *before[3:])
+                    return Taken(before.rule, 1, self._packed(row * len(self.parameters)), *before[3:-1], True)
         groups = [group for group in self.optimizer.param_groups if group["params"]]
         # in torch.optim's order, in which state_dict too lists the states
         found = {
@@ -98,6 +99,7 @@ class KernelOptimizer:
             tuple([state.get(first) for state in states]),
             tuple([state.get(second) for state in states]),
             tuple([state.get("step") for state in states]),
+            len(made) == 1,
         )
         self._kept = None
         if self.facts is not None and self.schedule is None and len(groups) == 1:

@@ -32,8 +32,9 @@ PLAIN = describe((INPUTS, HIDDEN, OUTPUTS), ("relu", "identity"), accuracy=True)
 WAYS: dict[str, mlp_training.Config] = {
     "one tile each": ("streamed", 64, 64, 64, 4, 1), "several": ("streamed", 16, 16, 16, 4, 1),
     "on chip": ("columns", 64, 64, 64, 4, 1), "on chip, as rows": ("rows", 64, 64, 16, 4, 1),
+    "held": ("held", 64, 64, 64, 4, 1),
 }  # fmt: skip
-"""Configurations: the last has several tiles of the inputs."""
+"""Configurations: "as rows" has several tiles of the inputs."""
 
 
 @pytest.fixture(params=WAYS, autouse=True)
@@ -81,6 +82,7 @@ class Net:
     def train(self, table: Tensor, step: Step | None = None, states: Any = None, **arguments: Any) -> Any:
         defaults: dict[str, Any] = {
             "batch_size": 33, "position": 0, "epoch_rows": len(self.x), "ignore_index": -100, "label_smoothing": 0.0,
+            "one_row": bool((table == table[:, :1]).all()),
         }  # fmt: skip
         weight, states = arguments.pop("class_weight", None), (self.w, self.w) if states is None else states
         given = (self.x, self.targets, self.order, weight, self.w, *states, table)

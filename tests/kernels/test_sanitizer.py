@@ -235,7 +235,7 @@ def call_step(sizes: tuple[int, ...], layout: Any, bias: bool, name: str, everyt
     order, table = torch.cat([torch.randperm(20)[3:], torch.randperm(20)[:batch_size]]), torch.rand(2, 2 * layers, ROW)
     mlp_training.train_mlp(
         step, x, layout(labels), order, torch.rand(5), w, *states, table,
-        batch_size=batch_size, position=3, epoch_rows=20, ignore_index=-100, label_smoothing=0.1,
+        batch_size=batch_size, position=3, epoch_rows=20, ignore_index=-100, label_smoothing=0.1, one_row=False,
     )  # fmt: skip
     at, g = torch.ones(1, dtype=torch.int64), torch.randn(shapes[0])
     state = (states[0][0], states[1][0]) if name == "adam" else (states[0][0], None) if bias else (None, None)

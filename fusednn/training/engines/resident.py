@@ -65,7 +65,7 @@ class Resident(Chunks):
         states = taken.firsts, taken.seconds
         traces = mlp_training.train_mlp(
             step, x, job.targets, order, criterion.weight, self.net.places, *states, taken.table,
-            batch_size=job.batch_size, **numbers,
+            batch_size=job.batch_size, one_row=taken.one_row, **numbers,
         )  # fmt: skip
         self.optimizer.count(taken.steps)
         return traces

@@ -5,7 +5,8 @@
 `bench.builds` lists, as `builds(arch)`, what the launchers can ask Triton's JIT for. Each of those is compiled for
 each target with the specialisations that the JIT would use, and the machine code is read: for NVIDIA with the
 cuobjdump and nvdisasm that Triton brings, for AMD from the assembly. With --check, whatever breaks a budget below, or
-does not compile, or takes more than its figures (figures.py) is named and the exit status is 1.
+does not compile, or takes more than its figures (figures.py) is named and the exit status is 1. A product that
+may read shared memory before it is written (fences.py) breaks one.
 """
 
 import argparse
@@ -31,7 +32,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import figures, sass
+from . import fences, figures, sass
 
 MODULES = ("bench.builds",)
 
@@ -71,6 +72,7 @@ class Resources:
     warp_group: int  # tensor-core instructions of whole warp groups, wgmma and its successors
     dot_rows: int  # of the largest product, 0 without one
     barriers: int  # at which the warps of a program wait for one another
+    races: tuple[str, ...]  # products that may read shared memory too early (fences.py)
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ BUDGETS: dict[str, Callable[[Any, str, Resources], bool]] = {
     ),
     "16-byte accesses": lambda build, target, used: used.wide > 0 or not is_aligned(build),
     "fitting shared memory": lambda build, target, used: used.shared <= SHARED[target],
+    "fenced operands": lambda build, target, used: not used.races,
     "above the register cliff": lambda build, target, used: used.registers > CLIFF or used.spills == 0,
 }
 """What every build must keep to."""
@@ -243,7 +246,8 @@ def measure(tasks: list[Task]) -> list[dict[str, Any]]:
     for (result, build, binary), (read, code) in zip(compiled, numbers, strict=True):
         result |= figures.of_amd(build.label, read) if code is None else figures.of_nvidia(build.label, binary, code)
         rows = re.findall(r"tt\.dot .*-> tensor<(\d+)x", binary.asm["ttir"])
-        used = Resources(**read, dot_rows=max(map(int, rows), default=0))
+        races = tuple(fences.races(binary.asm["ptx"])) if is_cuda else ()
+        used = Resources(**read, dot_rows=max(map(int, rows), default=0), races=races)
         broken = [name for name, keeps in BUDGETS.items() if not keeps(build, target, used)]
         result |= asdict(used) | {"broken": broken}
     return results
@@ -338,6 +342,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{len(results)} builds, {len(bad)} broken or not compiled")
     for result in bad:
         print(f"  {result['target']} {result['label']}: {result['error'] or ', '.join(result['broken'])}")
+        print(*(f"    {race}\n" for race in result.get("races", ())), sep="", end="")
     if options.write_figures:
         figures.write(results)
     grown, summary = figures.compare(results)

@@ -46,6 +46,14 @@ def product(x_ptr, y_ptr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def early(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    x = tl.load(x_ptr + offs)
+    total = tl.sum(x, axis=0)
+    tl.store(y_ptr + offs, tl.dot(x, x, input_precision="tf32") + total[None, :])
+
+
+@triton.jit
 def wrong(x_ptr, y_ptr, BLOCK: tl.constexpr):
     tl.static_assert(BLOCK < 0, "this toy does not compile")
 
@@ -73,6 +81,7 @@ def builds(arch):
     yield build("tf32", product, pointers, BLOCK=64, PRECISION="tf32")
     yield build("no warp group", product, pointers, BLOCK=64, PRECISION="tf32")
     yield build("ieee", product, pointers, BLOCK=32, PRECISION="ieee")
+    yield build("early", early, pointers, BLOCK=64)
     yield build("wrong", wrong, pointers, BLOCK=64)
     yield build("crash", Crash(), pointers)
 """
@@ -110,6 +119,8 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Comple
         ("sm_90 no warp group", ["wgmma"]),
         ("gfx942 no warp group", []),
         ("sm_90 ieee", []),
+        ("sm_90 early", ["fenced operands"]),
+        ("gfx942 early", []),
     ],
 )
 def test_a_broken_budget_is_found_and_named(checked: Any, row: str, broken: list[str]) -> None:
@@ -141,9 +152,18 @@ def test_numbers_of_a_product_and_of_a_spill(checked: Any) -> None:
     assert rows["sm_90 too large"]["stack"] > 1000
 
 
+def test_a_product_that_reads_too_early_is_named(checked: Any) -> None:
+    """With Triton's barriers of the sum in between, its product has none behind the fence."""
+    run, rows = checked
+    (race,) = rows["sm_90 early"]["races"]
+    assert race.startswith("wgmma.mma_async at toys.py:")
+    assert f"  sm_90 early: fenced operands\n    {race}\n" in run.stdout
+    assert rows["sm_90 tf32"]["races"] == rows["gfx942 early"]["races"] == []
+
+
 def test_what_does_not_compile_is_named_and_hides_nothing(checked: Any) -> None:
     run, rows = checked
-    assert len(rows) == 18
+    assert len(rows) == 20
     for target in ("sm_90", "gfx942"):
         assert "this toy does not compile" in rows[f"{target} wrong"]["error"]
         assert rows[f"{target} crash"]["error"] == "the compiler crashed"

@@ -79,7 +79,7 @@ def specialise(label: str, kernel: Any, plan: Launch, arguments: tuple[Any, ...]
     name = f"{kernel.fn.__name__.removesuffix('_kernel')} {label} {blocks}"
     name = f"{name} w{options['num_warps']} s{options['num_stages']}"
     dtype = DTYPE_NAMES.get(arguments[0].dtype, "i64")
-    if tiles is not None and tiles.precision == "tf32":
+    if tiles is not None and tiles.precision in ("tf32", mlp_training.SPLIT):
         dtype = "tf32"
     return Build(name, kernel, dtype, signature, constexprs, tuple(divisible), options)
 

@@ -40,18 +40,20 @@ STREAMED = (("streamed",), (64, 32), (128, 64, 32), (64, 32), ((8, 1), (8, 2)))
 """The way; the most rows of the batch, hidden units and inputs of a tile; warps and stages. Those of 128 rows spill.
 On an H100 those of 16 warps took 1.4 times as long as the best, and more (bench/results)."""
 
-ON_CHIP = (("columns", "rows"), (128,), (128,), (64, 32), ((8, 1), (16, 1)))
-"""On chip the batch is one tile, and so are the hidden units: with more than 128 of either it does not fit."""
+ON_CHIP = (("columns", "rows", "held", "held rows"), (128,), (128,), (64, 32), ((8, 1),))
+"""On chip the batch is one tile, and so are the hidden units: with more than 128 of either it does not fit. In exact
+float32 each way is tried with split products too."""
 
-MOST_STACK = 96
-"""Bytes of local memory that a thread may take on chip, if the current row of the table takes no more."""
+MOST_STACK = 1200
+"""Bytes of local memory that a thread may take on chip, if the current row of the table takes no more. The quickest exact
+step of 64-128-10 on an H100 takes some 570 (bench/results)."""
 
-DEEP = (4, 64, 64, 2)
+DEEP, WIDE = (4, 64, 64, 2), (784, 64, 64, 2)
 
 CASES = {
     # the first two are the nets of the goals; on an H100 each row of the table has a case, but those of deeper nets
-    "tf32": [(DIGITS, 32), (MNIST, 128), (DEEP, 32), (DIGITS, 256), ((64, 256, 10), 32), (MNIST, 256)],
-    "ieee": [(DIGITS, 32), (MNIST, 128), (DEEP, 32), ((64, 128, 64, 10), 32)],
+    "tf32": [(DIGITS, 32), (MNIST, 128), (DEEP, 32), (WIDE, 32), (DIGITS, 256), ((64, 256, 10), 32), (MNIST, 256)],
+    "ieee": [(DIGITS, 32), (MNIST, 128), (DEEP, 32), (WIDE, 32), (DIGITS, 256), ((64, 128, 64, 10), 32)],
 }
 
 ROUND_SECONDS, ROUNDS = 0.03, 5
@@ -90,6 +92,8 @@ class Setting(NamedTuple):
     def configs(self) -> list[Config]:
         """What fits of the grids, each configuration once, and the current one first."""
         grid = [(*most, *rest) for *most, rest in (*product(*ON_CHIP), *product(*STREAMED))]
+        if self.precision == "ieee":
+            grid = [(f"{way} split", *rest) for way, *rest in grid if way != "streamed"] + grid
         fitting = [self.cut(config) for config in grid if self.holds(config)]
         tried = dict.fromkeys([self.current(), *fitting])
         if PRETEND == "sample":  # the current one, and in TF32 the first of another way
@@ -153,8 +157,8 @@ def stacks(pool: ProcessPoolExecutor, setting: Setting) -> dict[Config, int]:
 def worth_timing(found: dict[Config, int], current: Config) -> list[Config]:
     """The current configuration, and those of a table of `stacks` that spill nothing, or on chip little."""
     on_chip = max(MOST_STACK, found.get(current, 0))
-    most = {"streamed": 0, "columns": on_chip, "rows": on_chip}
-    return [config for config, stack in found.items() if config == current or stack <= most[config[0]]]
+    most = {config: 0 if config[0] == "streamed" else on_chip for config in found}
+    return [config for config, stack in found.items() if config == current or stack <= most[config]]
 
 
 class Timed(NamedTuple):

@@ -54,6 +54,7 @@ def all_kernels() -> list[Any]:
         losses,
         mlp_training_kernels,
         mlp_training_on_chip,
+        mlp_training_products,
         mlp_training_tiles,
         numerics,
         updates,
@@ -68,6 +69,7 @@ def all_kernels() -> list[Any]:
         cross_entropy,
         linear,
         mlp_training_tiles,
+        mlp_training_products,
         mlp_training_on_chip,
         mlp_training_kernels,
     )

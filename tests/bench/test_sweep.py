@@ -27,8 +27,10 @@ def launched(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> tuple[int, ..
     builds.train(setting.step(), setting.batch, torch.float32)
     options = plans[0].options
     tiles = options["TILES"]
-    way = "rows" if tiles.as_rows else "columns" if tiles.on_chip else "streamed"
-    return (way, *tiles[:3], options["num_warps"], options["num_stages"])
+    words = ["held"] * tiles.held + ["rows"] * tiles.as_rows + ["split"] * (tiles.precision == mlp_training.SPLIT)
+    if not tiles.held and not tiles.as_rows:
+        words = ["columns" if tiles.on_chip else "streamed", *words]
+    return (" ".join(words), *tiles[:3], options["num_warps"], options["num_stages"])
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
@@ -45,14 +47,16 @@ def test_what_is_tried_is_what_is_launched(setting: Setting, monkeypatch: pytest
 
 
 def test_both_ways_are_tried_where_they_fit() -> None:
-    """On chip in tiles of 64 and 32 inputs and with 8 and 16 warps, next to streamed tiles; at most 25 or so a case."""
+    """On chip in tiles of 64 and 32 inputs, exact also split, next to streamed tiles; at most 25 or so a case."""
     configs = {str(setting): setting.configs() for setting in SETTINGS}
     tried = configs["784-128-10, batch 128, tf32"]
-    on_chip = {
-        (way, 128, 128, inputs, warps, 1) for way in ("columns", "rows") for inputs in (64, 32) for warps in (8, 16)
-    }
+    on_chip = {(way, 128, 128, inputs, 8, 1) for way in ("columns", "rows") for inputs in (64, 32)}
     assert {config for config in tried if config[0] != "streamed"} == on_chip
     assert {config[1:4] for config in tried if config[0] == "streamed"} == {*product((64, 32), (128, 64, 32), (64, 32))}
+    ways = {"columns", "rows", "held", "held rows"}
+    assert {config[0] for config in configs["64-128-10, batch 32, tf32"]} == ways | {"streamed"}
+    exact = {config[0] for config in configs["64-128-10, batch 32, ieee"]}
+    assert exact == ways | {f"{way} split" for way in ways} | {"streamed"}
     for too_large in ("64-128-10, batch 256, tf32", "64-256-10, batch 32, tf32"):
         assert {config[0] for config in configs[too_large]} == {"streamed"}
     assert sum(map(len, configs.values())) <= 25 * len(SETTINGS)
@@ -104,7 +108,7 @@ def test_the_report_names_the_best(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     best, other = Timed(config, None, 10, [3.0, 2.0, 2.5]), Timed(setting.current(), None, 10, [5.0])  # type: ignore[arg-type]
     sweep.report(setting, [best, other])
     said = capsys.readouterr().out
-    row = f'("sm_90", "tf32"): (2, None, None, {config}),'
+    row = f'("sm_90", "tf32"): (2, 64, None, {config}),'
     assert f"{row}  # 64-128-10, batch 32, tf32: 2.50 us on a card, 0.500 of the current row" in said
     assert "2.00 to     3.00" in said
     sweep.report(setting, [best])

@@ -467,7 +467,7 @@ CHOSEN: dict[str, Callable[[Any], Any]] = {
     "a constant of the class, on the object": lambda m: setattr(m, "use_relu", False),
     "a mode": lambda m: setattr(m, "mode", "tanh"),
     "a function over a method": lambda m: setattr(m, "act", torch.tanh),
-    "a bound method over a method": lambda m: setattr(m, "act", type(m.fc1).forward.__get__(nn.Linear(HIDDEN, HIDDEN))),
+    "a bound method over a method": lambda m: setattr(m, "act", nn.Linear(HIDDEN, HIDDEN).to(m.fc1.weight).forward),
 }
 
 

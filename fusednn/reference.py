@@ -194,17 +194,27 @@ def accuracy(outputs: Tensor, targets: Tensor, criterion: Any) -> Tensor:
         binary = _is_one_of(criterion, _LOGITS + _PROBABILITIES)
         if binary or (not has_classes and targets.numel() == outputs.numel() and outputs.shape[1:].numel() == 1):
             middle = 0.5 if _is_one_of(criterion, _PROBABILITIES) else 0.0
-            return ((outputs > middle) == (targets.view_as(outputs) > 0.5)).to(outputs.dtype).mean()
+            return _share((outputs > middle) == (targets.view_as(outputs) > 0.5), None, outputs.dtype)
         if outputs.dim() < 2 or (targets.is_floating_point() and targets.shape != outputs.shape):
             shapes = f"outputs {list(outputs.shape)} and targets {list(targets.shape)}, {targets.dtype}"
             raise ValueError(f"return_accuracy: {shapes} are neither classes and labels nor one column")
         if targets.is_floating_point():
-            return (outputs.argmax(1) == targets.argmax(1)).to(outputs.dtype).mean()
+            return _share(outputs.argmax(1) == targets.argmax(1), None, outputs.dtype)
         targets = targets.long()  # or -100 would be compared as the 156 that it is in uint8
         options: Any = criterion.keywords if isinstance(criterion, partial) else getattr(criterion, "__dict__", {})
         counted: Tensor = targets != options.get("ignore_index", -100)
-        right = (outputs.argmax(1) == targets) & counted
-        return right.sum().to(outputs.dtype) / counted.sum()
+        return _share((outputs.argmax(1) == targets) & counted, counted.sum(), outputs.dtype)
+
+
+def _share(right: Tensor, counted: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The number of those that are `right`, divided by `counted`, or by that of all, [] on their device.
+
+    A quotient of two tensors, which is the nearest number: by a number, and in mean(), a GPU multiplies with the
+    reciprocal. In float32 at least: a half has no room for the counts.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    total = torch.full((), right.numel(), dtype=wide, device=right.device) if counted is None else counted
+    return (right.sum().to(wide) / total).to(dtype)
 
 
 def _batches(

@@ -516,6 +516,21 @@ def test_the_accuracy_of_several_labels_at_once_is_that_of_all(device: str) -> N
     assert accuracies.item() == pytest.approx(right)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss()], ids=["classes", "sides"])
+def test_the_accuracy_is_the_nearest_number(criterion: nn.Module, dtype: torch.dtype, device: str) -> None:
+    """A product with the reciprocal is not; and a half has no room for the numbers of rows and of right ones."""
+    for rows, right in ((49, 41), (49, 47), (70_000, 66_000)):
+        outputs = torch.ones(rows, 2, dtype=dtype, device=device)
+        outputs[right:, 0] = outputs[:right, 1] = -1
+        targets = torch.zeros(rows, dtype=torch.int64, device=device)
+        probabilities = torch.tensor([1.0, 0.0], dtype=dtype, device=device).expand_as(outputs)
+        expected = torch.tensor(right / rows, dtype=torch.float64, device=device).to(dtype)
+        if isinstance(criterion, nn.CrossEntropyLoss):
+            assert torch.equal(reference.accuracy(outputs, targets, criterion), expected)
+        assert torch.equal(reference.accuracy(outputs, probabilities, criterion), expected)
+
+
 @pytest.mark.parametrize("loop", [train_steps, reference.train_steps])
 @pytest.mark.parametrize(
     ("criterion", "words"),

@@ -379,8 +379,8 @@ def test_a_launch_that_fails_counts_no_step(device: str, monkeypatch: pytest.Mon
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr("fusednn.kernels.mlp_training.launch", fail)
-    monkeypatch.setattr("fusednn.training.engines.native.native.train", fail)
+    engines = {"native": "training.engines.native.native.train", "resident": "kernels.mlp_training.launch"}
+    monkeypatch.setattr(f"fusednn.{engines[one_call(device)]}", fail)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(MemoryError):
         train_steps(model, optimizer, *data(device), steps=2, generator=generator)

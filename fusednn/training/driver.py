@@ -129,9 +129,10 @@ class TrainStep:
             loss, right = self._loop(job)
         else:
             choice = self._choice
-            if choice is not None and self._kernels.lie_where_they_lay() and choice.is_for(job):
-                self._kernels.trusts = True
-            else:
+            holds = choice is not None and self._kernels.lie_where_they_lay() and choice.is_for(job)
+            if self._kernels is not None:
+                self._kernels.trusts = holds
+            if choice is None or not holds:
                 self._choice, choice = None, choose(job)
             if dispatch.watched():
                 dispatch.note(dispatch.Decision("train_step", choice.engine.name, choice.reason))

@@ -427,6 +427,19 @@ def test_labels_are_looked_at_in_every_step(device: str) -> None:
     assert step(x, targets).isfinite()
 
 
+def test_parameters_that_move_after_an_error_are_found(device: str) -> None:
+    """The schedule lets nothing be kept of a step, so the labels are looked at before all else."""
+    pair = Pair(device, schedule=lambda optimizer: lr_scheduler.ExponentialLR(optimizer, 0.9))
+    x, targets = data(device)
+    for _ in range(3):
+        pair.step(x, targets)
+    with pytest.raises(IndexError), fusednn.check_labels():
+        pair.ours(x, torch.full_like(targets, OUTPUTS))
+    pair.change(lambda model, optimizer, criterion: setattr(model[0].weight, "data", model[0].weight.data + 1))
+    pair.step(x, targets)
+    assert pair.ours.engine == one_call(device)
+
+
 def test_an_empty_batch_of_images(device: str) -> None:
     pair = Pair(device, nn.Sequential(nn.Flatten(), *net(device)))
     x, targets = data(device)

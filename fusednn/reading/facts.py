@@ -78,16 +78,21 @@ class Facts:
                 self._packed = native.facts(self.items, self.attributes, self.lengths, self.names, GONE)
             held: bool = native.hold(self._packed)
             return held
+        # what is behind a weak reference is asked for in place: a function for it would take half of the time
         for holder, name, key, value in self.items:
-            owner = _there(holder)
+            owner: Any = holder() if isinstance(holder, ref) else holder
             mapping = owner if name is None else getattr(owner, name, {})
-            if mapping.get(_there(key), GONE) is not _there(value):
+            found = mapping.get(key() if isinstance(key, ref) else key, GONE)
+            if found is not (value() if isinstance(value, ref) else value):
                 return False
-        return (
-            all(getattr(_there(owner), name, GONE) is _there(value) for owner, name, value in self.attributes)
-            and all(len(getattr(_there(owner), name, ())) == length for owner, name, length in self.lengths)
-            and all(list(getattr(_there(owner), name, ())) == keys for owner, name, keys in self.names)
-        )
+        for holder, name, value in self.attributes:
+            found = getattr(holder() if isinstance(holder, ref) else holder, name, GONE)
+            if found is not (value() if isinstance(value, ref) else value):
+                return False
+        for holder, name, length in self.lengths:
+            if len(getattr(holder() if isinstance(holder, ref) else holder, name, ())) != length:
+                return False
+        return all(list(getattr(_there(owner), name, ())) == keys for owner, name, keys in self.names)
 
     def _weak(self, value: Any) -> Any:
         """`value` if it is a constant, or a weak reference to it."""

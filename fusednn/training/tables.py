@@ -52,6 +52,7 @@ class KernelOptimizer:
         """Those that hold now, if somebody knows: what was taken under them is looked up no more."""
         self.gives_arrays = False
         self._kept: tuple[Facts, dict[str, Any], Taken] | None = None
+        self._one = torch.ones((), dtype=torch.float32, device="cpu")
 
     def has_kept(self) -> bool:
         """Whether one more step needs nothing but its row of the table: no state is made, no schedule stepped."""
@@ -142,10 +143,11 @@ class KernelOptimizer:
 
     def count(self, steps: int) -> None:
         """Count so many steps in the optimizer's state: they are launched."""
+        more = self._one if steps == 1 else steps  # of a number PyTorch makes a tensor first, which takes longer
         for parameter in self.parameters:
             state = {} if parameter is None else self.optimizer.state.get(parameter, {})
             if "step" in state:
-                state["step"] += steps
+                state["step"] += more
 
     def finish(self) -> None:
         """Raise what the schedule raised, now that the steps before it are made."""

@@ -1,6 +1,7 @@
 """What the engines that make many steps in one call share: a job in chunks of steps, each handed over whole."""
 
 import math
+import operator
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -54,8 +55,11 @@ class Chunks(ABC):
 
     def note_memory(self, taken: Taken) -> None:
         """Note where parameters and state lie."""
-        self.states = [state for state in (*taken.firsts, *taken.seconds) if state is not None]
-        self.found = self._places()
+        states, trusts = [state for state in (*taken.firsts, *taken.seconds) if state is not None], self.trusts
+        self.trusts = False
+        if not trusts or len(states) != len(self.states) or not all(map(operator.is_, states, self.states)):
+            self.states = states
+            self.found = self._places()
 
     def _places(self) -> tuple[list[Any], ...]:
         return places_of(self.trained, self.states)

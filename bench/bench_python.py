@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from fusednn import dispatch, functional
-from fusednn.kernels import cross_entropy, launch, linear
+from fusednn import dispatch, functional, make_train_step
+from fusednn.kernels import cross_entropy, launch, linear, mlp_training
+from fusednn.training.engines import chunks, resident
 
 IMPORT = """
 import time, torch
@@ -51,8 +53,9 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "INTERPRETED", True)
     monkeypatch.setattr(launch, "INTERPRETED", True)
     operations = importlib.import_module("fusednn.ops.cross_entropy")  # the function hides its name
-    monkeypatch.setattr(operations, "check_range", lambda *arguments: None)  # which only CPU tensors are put to
-    for module in (linear, cross_entropy):
+    for module in (operations, chunks, resident):
+        monkeypatch.setattr(module, "check_range", lambda *arguments: None)  # which only CPU tensors are put to
+    for module in (linear, cross_entropy, mlp_training):
         for name in dir(module):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Nothing())
@@ -100,3 +103,34 @@ def test_cross_entropy(implementation: str, call: Callable[..., torch.Tensor], b
     x, target = torch.randn(8, 10, requires_grad=True), torch.randint(0, 10, (8,))
     one = torch.ones(())
     benchmark(lambda: torch.autograd.grad(call(x, target), x, one))
+
+
+def eager_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[..., torch.Tensor]:
+    """What a step of make_train_step replaces."""
+    criterion = nn.CrossEntropyLoss()
+
+    def step(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = criterion(model(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+@pytest.mark.usefixtures("no_kernels")
+@pytest.mark.benchmark(group="a step of make_train_step, Python alone", min_rounds=2000)
+@pytest.mark.parametrize(
+    ("implementation", "make"), [("eager", eager_step), ("fusednn", make_train_step)], ids=["eager", "fusednn"]
+)
+def test_train_step(
+    implementation: str, make: Callable[..., Any], benchmark: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8-8-8 at batch 8, and Adam. On a GPU the optimizer's numbers are sent to it besides."""
+    monkeypatch.setattr(launch, "interpret", lambda *arguments: None)
+    monkeypatch.setattr(launch, "readable", lambda argument: argument)  # which looks at each tensor of a CPU
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    step = make(model, torch.optim.Adam(model.parameters()))
+    x, target = torch.randn(8, 8), torch.randint(0, 8, (8,))
+    benchmark(lambda: step(x, target))

@@ -268,8 +268,7 @@ def compile_step(sizes: tuple[int, ...], precision: str, architecture: str) -> t
 
 def us_a_step(sizes: tuple[int, int, int], precision: str) -> float:
     """Microseconds of a step of train_steps, by one program whatever the size."""
-    one_program = dict.fromkeys(resident.MOST_BEFORE_GRAPH, 2**62)
-    with float32_products(precision), patch.dict(resident.MOST_BEFORE_GRAPH, one_program):
+    with float32_products(precision), patch.object(resident, "MOST_BEFORE_GRAPH", 2**62):
         loop = Loop(Case(sizes, BATCH, 0, precision, "fusednn"))
         if not (engine := loop.engine()).startswith("train_steps: resident"):
             raise RuntimeError(engine)

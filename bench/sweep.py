@@ -45,8 +45,8 @@ ON_CHIP = (("columns", "rows", "held", "held rows"), (128,), (128,), (64, 32), (
 float32 each way is tried with split products too."""
 
 MOST_STACK = 1200
-"""Bytes of local memory that a thread may take on chip, if the current row of the table takes no more. The quickest exact
-step of 64-128-10 on an H100 takes some 570 (bench/results)."""
+"""Bytes of local memory that a thread may take on chip, if the current row of the table takes no more. The quickest
+exact step of 64-128-10 on an H100 takes some 570 (bench/results)."""
 
 DEEP, WIDE = (4, 64, 64, 2), (784, 64, 64, 2)
 
@@ -110,10 +110,9 @@ class Setting(NamedTuple):
 def table_of(setting: Setting, config: Config) -> Iterator[None]:
     """The table has this configuration alone, and no CUDA graph is made instead."""
     key = setting.architecture, setting.precision
-    one_program = dict.fromkeys(resident.MOST_BEFORE_GRAPH, 2**62)
     with (
         patch.dict(mlp_training.CONFIGS, {key: ((None, None, None, config),)}),
-        patch.dict(resident.MOST_BEFORE_GRAPH, one_program),
+        patch.object(resident, "MOST_BEFORE_GRAPH", 2**62),
     ):
         mlp_training.plan_training.cache_clear()
         try:

@@ -131,8 +131,13 @@ def architecture_of(x: torch.Tensor) -> str:
     """The architecture of the device of `x` as the table has them; "other" is AMD, Intel and the interpreter."""
     if not x.is_cuda or torch.version.hip:
         return "other"
-    major, _ = torch.cuda.get_device_capability(x.device)
-    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")  # 12 too has the tensor cores of 8
+    return {9: "sm_90", 10: "sm_100"}.get(capability_of(x.get_device()), "sm_80")  # 12 too has the tensor cores of 8
+
+
+@lru_cache
+def capability_of(device: int) -> int:
+    """The first number of a device's capability, which PyTorch looks up at each call."""
+    return torch.cuda.get_device_capability(device)[0]
 
 
 @lru_cache(maxsize=4096)

@@ -322,7 +322,10 @@ def test_every_table_holds_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert min(tiles[:4]) >= 16
                 assert tiles.outputs >= sizes[-1]
                 assert tiles.one_batch == (batch <= tiles.batch)
-                assert tiles.precision == kind[2]
+                way = mlp_training.choose(step, batch, architecture, precision)[0]
+                assert tiles.precision == (mlp_training.SPLIT if "split" in way else kind[2])
+                assert tiles.held == ("held" in way)
+                assert tiles.fenced == (tiles.on_chip and architecture in ("sm_90", "sm_100"))
                 assert launched.grid == (1,)
                 assert not tiles.on_chip or (tiles.one_batch and max(sizes[1:-1], default=0) <= tiles.hidden)
 
@@ -340,15 +343,21 @@ def test_what_is_on_chip(tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
         ]
         return found
 
-    for precision in ("tf32", "ieee"):
-        assert cut((64, 128, 10), 32, precision) == (32, 128, 64, 16, True, precision, True, False)
+    plain, split = ("tf32", True), (mlp_training.SPLIT, True)
+    assert cut((64, 128, 10), 32)[:7] == (32, 128, 64, 16, True, *plain)
+    assert cut((64, 128, 10), 32, "ieee")[:7] == (32, 128, 64, 16, True, *split)
     assert cut((64, 128, 14), 32).outputs == 16
-    assert cut((64, 128, 14), 32, accuracy=True) == (32, 128, 64, 16, True, "tf32", False, False)  # 17 columns
-    assert cut((64, 64, 14), 32, accuracy=True) == (32, 64, 64, 32, True, "tf32", True, False)
+    assert cut((64, 128, 14), 32, accuracy=True)[:7] == (32, 128, 64, 16, True, "tf32", False)  # 17 columns
+    assert cut((64, 64, 14), 32, accuracy=True)[:7] == (32, 64, 64, 32, True, *plain)
     assert cut((784, 128, 10), 128).on_chip
     assert not cut((64, 128, 10), 129).on_chip
     assert not cut((64, 129, 10), 32).on_chip
-    assert not cut((64, 128, 10), 33, "ieee").on_chip
+    for precision, most in (("tf32", 64), ("ieee", 32)):  # rows of a batch whose parameters are held
+        assert cut((64, 128, 10), most, precision).held
+        assert not cut((64, 128, 10), most + 1, precision).held
+        assert cut((64, 128, 10), 128, precision).on_chip
+        assert not cut((65, 128, 10), 16, precision).held
+        assert cut((65, 128, 10), 16, precision).on_chip
 
 
 def test_what_differs_is_compiled_apart() -> None:

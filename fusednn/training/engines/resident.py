@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ... import dispatch
 from ...kernels import mlp_training
-from ...kernels.linear import precision_of
 from ...kernels.step import Step
 from ...ops.cross_entropy import check_range
 from ..job import Job
@@ -19,14 +18,12 @@ from .chunks import Chunks
 MOST_CLASSES, MOST_ROWS, MOST_WORK = 128, 512, 2**26
 """What one program serves: outputs, rows of a batch, and products in a forward (batch · weights). Unmeasured."""
 
-MOST_BEFORE_GRAPH = {"tf32": 2**21, "ieee": 2**20}
+MOST_BEFORE_GRAPH = 2**21
 """Products in a forward above which a CUDA graph of many programs is quicker than one program, where one can be made.
 
-On an H100, before steps of one program stayed on chip, us a step of one program and of a graph, nn.Linear and
-nn.CrossEntropyLoss, TF32 and exact: 64-128-10 at batch 32 (0.3e6 products) 14 and 67, 28 and 85; at 64 24 and 65, 52
-and 89; at 128 (1.2e6) 43 and about 65, 97 and about 90; at 256 (2.4e6) 77 and about 65; 784-128-10 at 32 (3.3e6) 108
-and 64, 229 and 90; at 128 (13e6) 313 and 77, 794 and 160. "About": with epochs of 14 and 7 steps, of which each was a
-chunk of its own then, a graph took 119 and 271."""
+On an H100 (bench/results), us a step from Python of one program and of a graph, before parameters were held, TF32 and
+exact: 64-128-10 at batch 64 13 and 68, 23 and 85; at 128 (1.2e6 products) 20 and 73, 32 and 142; at 256 (2.4e6,
+streamed) 73 and 73 in TF32; 784-128-10 at 32 (3.3e6) 64 and 63, 86 and 80; at 128 (13e6) 106 and 73, 193 and 143."""
 
 
 class Resident(Chunks):
@@ -49,7 +46,7 @@ class Resident(Chunks):
         rows, x = min(job.batch_size, job.epoch_rows), job.inputs
         if net.sizes[-1] > MOST_CLASSES or rows > MOST_ROWS or rows * net.weights > MOST_WORK:
             return f"{net} with batches of {rows} is too large for one program"
-        if not x.is_cuda or x.dtype != torch.float32 or rows * net.weights <= MOST_BEFORE_GRAPH[precision_of(x)]:
+        if not x.is_cuda or x.dtype != torch.float32 or rows * net.weights <= MOST_BEFORE_GRAPH:
             return None
         if Captured.refusal(job, net) is not None:
             return None

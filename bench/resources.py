@@ -32,7 +32,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import fences, figures, sass
+from . import fences, figures, registers, sass
 
 MODULES = ("bench.builds",)
 
@@ -73,6 +73,7 @@ class Resources:
     dot_rows: int  # of the largest product, 0 without one
     barriers: int  # at which the warps of a program wait for one another
     races: tuple[str, ...]  # products that may read shared memory too early (fences.py)
+    unwritten: tuple[str, ...]  # instructions that read a register which nothing has written (registers.py)
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ BUDGETS: dict[str, Callable[[Any, str, Resources], bool]] = {
     "16-byte accesses": lambda build, target, used: used.wide > 0 or not is_aligned(build),
     "fitting shared memory": lambda build, target, used: used.shared <= SHARED[target],
     "fenced operands": lambda build, target, used: not used.races,
+    "written registers": lambda build, target, used: not used.unwritten,
     "above the register cliff": lambda build, target, used: used.registers > CLIFF or used.spills == 0,
 }
 """What every build must keep to."""
@@ -247,7 +249,8 @@ def measure(tasks: list[Task]) -> list[dict[str, Any]]:
         result |= figures.of_amd(build.label, read) if code is None else figures.of_nvidia(build.label, binary, code)
         rows = re.findall(r"tt\.dot .*-> tensor<(\d+)x", binary.asm["ttir"])
         races = tuple(fences.races(binary.asm["ptx"])) if is_cuda else ()
-        used = Resources(**read, dot_rows=max(map(int, rows), default=0), races=races)
+        unwritten = tuple(registers.unwritten(code)) if code is not None else ()
+        used = Resources(**read, dot_rows=max(map(int, rows), default=0), races=races, unwritten=unwritten)
         broken = [name for name, keeps in BUDGETS.items() if not keeps(build, target, used)]
         result |= asdict(used) | {"broken": broken}
     return results
@@ -342,7 +345,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{len(results)} builds, {len(bad)} broken or not compiled")
     for result in bad:
         print(f"  {result['target']} {result['label']}: {result['error'] or ', '.join(result['broken'])}")
-        print(*(f"    {race}\n" for race in result.get("races", ())), sep="", end="")
+        print(*(f"    {what}\n" for what in (*result.get("races", ()), *result.get("unwritten", ()))), sep="", end="")
     if options.write_figures:
         figures.write(results)
     grown, summary = figures.compare(results)

@@ -19,15 +19,20 @@ from .step import ACTIVATIONS, Step
 CONFIGS = {
     # Of each architecture and precision, rows (most layers, most rows of a batch, most inputs, configuration), the
     # first that holds. A configuration is (way, block_b, block_h, block_i, num_warps, num_stages): the way that a step
-    # is made, and the largest tiles of the batch, hidden units and inputs of a layer. On chip ("columns", and "rows" if
-    # the last layer is multiplied as rows of the batch) the batch and each hidden layer are one tile, or the row does
-    # not hold. Chosen by `python -m bench.resources`: of those that spill least the fewest instructions and barriers.
-    # On chip nothing is measured on a GPU yet. On an H100 (bench/results), us a step of streamed rows, with barriers
-    # that are gone since: 64-128-10 at batch 32, TF32 12.3, exact 24.9; at 256, TF32 90, and 79 in tiles that spill
-    # where the hidden units are 64; 784-128-10 at 128, TF32 253 and exact 891, both the best of a sweep.
+    # is made, and the largest tiles of the batch, hidden units and inputs of a layer. Where it is not "streamed", the
+    # batch and each hidden layer are one tile on chip, or the row does not hold, and the way is made of these words:
+    #   held     parameters and their state stay on chip from step to step; of the inputs there is one tile
+    #   rows     the last layer is multiplied as rows of the batch, and else as columns, which the word "columns" says
+    #   whole    the tile of hidden units is not smaller where they are fewer: ptxas 12.8 makes wrong code of tiles of
+    #            64 units for 8 warps where parameters go through memory (docs/performance.md)
+    #   split    exact products are three in TF32
+    # On an H100 (bench/results), us a step, TF32 and exact: held, 64-128-10 at batch 32 4.6 and 10.2, at 64 6.5; not
+    # held 8.5 and, in float32's multiplications, 20.5; at 64 15.0 (whole, split); at 128 TF32 16.1; 784-64-10 at 32 45
+    # and 68, 784-128-10 61 and 84. Streamed, of before: 784-128-10 at 128 253 and 891. Other rows are unmeasured:
+    # chosen by `python -m bench.cycles`, of those whose estimate is least.
     ("sm_90", "tf32"): (
-        (2, 64, None, ("held", 64, 128, 64, 8, 1)), (2, None, None, ("columns", 128, 128, 64, 8, 1)),
-        (3, None, None, ("held", 32, 64, 64, 8, 1)), (3, None, None, ("columns", 32, 64, 64, 8, 1)),
+        (2, 64, None, ("held", 64, 128, 64, 8, 1)), (2, None, None, ("columns whole", 128, 128, 64, 8, 1)),
+        (3, None, None, ("held", 32, 64, 64, 8, 1)),
         (2, 32, None, ("streamed", 32, 128, 64, 8, 2)), (2, None, 64, ("streamed", 64, 32, 64, 8, 1)),
         (3, None, None, ("streamed", 64, 64, 64, 8, 1)), (None, None, None, ("streamed", 32, 64, 64, 8, 1)),
     ),
@@ -44,8 +49,8 @@ CONFIGS = {
         (None, None, None, ("streamed", 32, 32, 64, 8, 1)),
     ),
     ("sm_90", "ieee"): (
-        (2, 32, None, ("held split", 32, 128, 64, 8, 1)), (2, None, None, ("columns split", 128, 128, 64, 8, 1)),
-        (3, None, None, ("held split", 32, 64, 64, 8, 1)), (3, None, None, ("columns split", 32, 64, 64, 8, 1)),
+        (2, 32, None, ("held split", 32, 128, 64, 8, 1)), (2, None, None, ("columns whole split", 64, 128, 64, 8, 1)),
+        (3, None, None, ("held split", 32, 64, 64, 8, 1)),
         (None, None, None, ("columns", 32, 32, 64, 8, 1)),
         (2, None, None, ("streamed", 32, 64, 64, 8, 1)), (None, None, None, ("streamed", 32, 32, 64, 8, 1)),
     ),
@@ -103,7 +108,8 @@ def choose(step: Step, batch: int, architecture: str, precision: str) -> Config:
 def fits_on_chip(config: Config, step: Step, batch: int) -> bool:
     """Whether the batch, each hidden layer and the last W are one tile each."""
     hidden = max(step.sizes[1:-1], default=1)
-    fits = batch <= config[1] and hidden <= config[2] and block(hidden) * outputs_on_chip(step) <= MOST_WEIGHTS
+    tile = config[2] if "whole" in config[0] else block(hidden)
+    fits = batch <= config[1] and hidden <= config[2] and tile * outputs_on_chip(step) <= MOST_WEIGHTS
     return fits and ("held" not in config[0] or step.sizes[0] <= config[3])
 
 
@@ -118,13 +124,15 @@ def tiles(config: Config, step: Step, batch: int, precision: str, one_row: bool 
     hidden = max(step.sizes[1:-1], default=1)
     inputs = step.sizes[0] if way != "streamed" else max(step.sizes[: max(1, step.layers - 1)])
     block_b, block_h, block_i = (fitted(*pair) for pair in zip(most, (batch, hidden, inputs), strict=False))
+    if "whole" in way:
+        block_h = most[1]
     if way != "streamed":
         precision = SPLIT if "split" in way else precision
-        ways = "rows" in way, "held" in way, one_row, fenced
+        ways = "rows" in way, "held" in way, one_row, fenced, block_h if "whole" in way else 16
         return Tiles(block_b, block_h, block_i, outputs_on_chip(step), True, precision, True, *ways)
     block_o = block(step.sizes[-1])
     block_h = min(block_h, max(16, MOST_WEIGHTS // block_o))
-    return Tiles(block_b, block_h, block_i, block_o, batch <= block_b, precision, False)
+    return Tiles(block_b, block_h, block_i, block_o, batch <= block_b, precision, False, fenced=fenced)
 
 
 def architecture_of(x: torch.Tensor) -> str:

@@ -27,6 +27,7 @@ import triton.language as tl
 from .activations import BEFORE, reads_before, slope, times_slope, value
 from .losses import load_targets, loss_of
 from .mlp_training_on_chip import on_chip_steps
+from .mlp_training_products import fence
 from .mlp_training_tiles import fitted, load_x, quotient, step_on
 from .updates import ROW
 
@@ -60,6 +61,7 @@ def linear_tile(
         a = load_inputs(data, hidden, rows, offs_b, mask_b, offs_k, LAYER, STEP)
         w_ptrs = weights[2 * LAYER] + offs_n[None, :] * K + offs_k[:, None]
         w = tl.load(w_ptrs, mask=(offs_n < N)[None, :] & (offs_k < K)[:, None], other=0.0)
+        fence(TILES)
         z = tl.dot(a, w, z, input_precision=TILES.precision, out_dtype=dtype)
     if STEP.biases[LAYER]:
         z += tl.load(weights[2 * LAYER + 1] + offs_n, mask=offs_n < N, other=0.0)[None, :]
@@ -106,6 +108,7 @@ def output_tile(
         h = hidden_tile(data, weights, hidden, slopes, rows, offs_b, mask_b, k, LAYER - 1, STEP, TILES)
         w_ptrs = weights[2 * LAYER] + offs_o[None, :] * K + offs_k[:, None]
         w = tl.load(w_ptrs, mask=mask_o[None, :] & (offs_k < K)[:, None], other=0.0)
+        fence(TILES)
         z = tl.dot(h, w, z, input_precision=TILES.precision, out_dtype=dtype)
     if STEP.biases[LAYER]:
         z += tl.load(weights[2 * LAYER + 1] + offs_o, mask=mask_o, other=0.0)[None, :]
@@ -207,6 +210,7 @@ def backward_output(
         offs_h, mask = offs_b[:, None] * K + offs_k[None, :], mask_b[:, None] & mask_k[None, :]
         h_ptrs = hidden[LAYER - 1] + offs_h
         h = tl.load(h_ptrs, mask=mask, other=0.0)
+        fence(TILES)
         dw = tl.dot(tl.trans(dy), h, dw, input_precision=TILES.precision, out_dtype=dtype)
         s = slope_at_values(h, LAYER - 1, STEP)
         da = tl.dot(dy, w, input_precision=TILES.precision, out_dtype=dtype)
@@ -248,6 +252,7 @@ def backward_hidden(
             dz = tl.load(dz_ptrs, mask=mask_b[:, None] & mask_n[None, :], other=0.0)
             w_ptrs = weights[2 * LAYER] + offs_n[:, None] * K + offs_k[None, :]
             w = tl.load(w_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
+            fence(TILES)
             da = tl.dot(dz, w, da, input_precision=TILES.precision, out_dtype=dtype)
         offs_h, mask = offs_b[:, None] * K + offs_k[None, :], mask_b[:, None] & mask_k[None, :]
         h = tl.load(hidden[LAYER - 1] + offs_h, mask=mask, other=0.0)
@@ -287,6 +292,7 @@ def backward_weights(
         dz = tl.load(dz_ptrs, mask=mask_n[:, None] & mask_b[None, :], other=0.0)
         if LAYERS == 1:
             dz *= scale
+        fence(TILES)
         dw = tl.dot(dz, a, dw, input_precision=TILES.precision, out_dtype=dtype)
     offs_w, mask_w = offs_n[:, None] * K + offs_k[None, :], mask_n[:, None] & mask_k[None, :]
     step_on(parameters, 2 * LAYER, offs_w, mask_w, dw, row_ptr, STEP)

@@ -31,15 +31,15 @@ def sums_of(weighted, accuracy):
 
 
 @triton.constexpr_function
-def units(layer, sizes, outputs):
-    """The tile of the units of a layer: `outputs` of the last."""
-    return outputs if layer == len(sizes) - 2 else block(sizes[layer + 1])
+def units(layer, sizes, outputs, least):
+    """The tile of the units of a layer: `outputs` of the last, of another at least `least`."""
+    return outputs if layer == len(sizes) - 2 else max(least, block(sizes[layer + 1]))
 
 
 @triton.constexpr_function
-def inputs_of(layer, sizes, inputs):
+def inputs_of(layer, sizes, inputs, least):
     """The tile of the inputs of a layer: of the first at most `inputs`."""
-    return fitted(inputs, sizes[0]) if layer == 0 else block(sizes[layer])
+    return fitted(inputs, sizes[0]) if layer == 0 else max(least, block(sizes[layer]))
 
 
 @triton.jit
@@ -53,9 +53,11 @@ def weights_at(offs_n, offs_k, LAYER: tl.constexpr, STEP: tl.constexpr):
 def place_of(PARAMETER: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr):
     """Offsets and mask of a whole parameter; their order is W1, b1, W2, b2, ..."""
     LAYER: tl.constexpr = PARAMETER // 2
-    offs_n = tl.arange(0, units(LAYER, STEP.sizes, TILES.outputs))
+    offs_n = tl.arange(0, units(LAYER, STEP.sizes, TILES.outputs, TILES.least))
     if PARAMETER % 2 == 0:
-        offs, mask = weights_at(offs_n, tl.arange(0, inputs_of(LAYER, STEP.sizes, TILES.inputs)), LAYER, STEP)
+        offs, mask = weights_at(
+            offs_n, tl.arange(0, inputs_of(LAYER, STEP.sizes, TILES.inputs, TILES.least)), LAYER, STEP
+        )
     else:
         offs, mask = offs_n, offs_n < STEP.sizes[LAYER + 1]
     return offs, mask
@@ -95,8 +97,8 @@ def linear(data, weights, held, a, rows, mask_b, LAYER: tl.constexpr, STEP: tl.c
     """z = W a + b [N, B] of a layer, and W where it is one tile; of x in several tiles no `a` is given."""
     K: tl.constexpr = STEP.sizes[LAYER]
     BLOCK_B: tl.constexpr = TILES.batch
-    BLOCK_N: tl.constexpr = units(LAYER, STEP.sizes, TILES.outputs)
-    BLOCK_K: tl.constexpr = inputs_of(LAYER, STEP.sizes, TILES.inputs)
+    BLOCK_N: tl.constexpr = units(LAYER, STEP.sizes, TILES.outputs, TILES.least)
+    BLOCK_K: tl.constexpr = inputs_of(LAYER, STEP.sizes, TILES.inputs, TILES.least)
     LAST: tl.constexpr = len(STEP.biases) - 1
     AS_ROWS: tl.constexpr = TILES.as_rows and LAYER == LAST
     offs_n, offs_k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
@@ -208,8 +210,8 @@ def step_on_weights(
     RULE: tl.constexpr = STEP.rule
     LAST: tl.constexpr = len(STEP.biases) - 1
     K: tl.constexpr = STEP.sizes[LAYER]
-    BLOCK_N: tl.constexpr = units(LAYER, STEP.sizes, TILES.outputs)
-    BLOCK_K: tl.constexpr = inputs_of(LAYER, STEP.sizes, TILES.inputs)
+    BLOCK_N: tl.constexpr = units(LAYER, STEP.sizes, TILES.outputs, TILES.least)
+    BLOCK_K: tl.constexpr = inputs_of(LAYER, STEP.sizes, TILES.inputs, TILES.least)
     dtype: tl.constexpr = parameters[0][0].dtype.element_ty
     numbers = numbers_for(2 * LAYER, row_ptr, numbers, RULE, TILES)
     offs_n, offs_k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
@@ -252,9 +254,9 @@ def train_layers(
     ACTIVATION: tl.constexpr = STEP.activations[LAYER]
     # b before W takes fewer instructions, but of the last layer and of W in several tiles exact float32 then spills
     BIAS_FIRST: tl.constexpr = (
-        LAYER == 0 and LAYER < LAST and STEP.sizes[LAYER] <= inputs_of(LAYER, STEP.sizes, TILES.inputs)
+        LAYER == 0 and LAYER < LAST and STEP.sizes[LAYER] <= inputs_of(LAYER, STEP.sizes, TILES.inputs, TILES.least)
     )
-    offs_n = tl.arange(0, units(LAYER, STEP.sizes, TILES.outputs))
+    offs_n = tl.arange(0, units(LAYER, STEP.sizes, TILES.outputs, TILES.least))
     mask_n = offs_n < N
     mask = mask_n[:, None] & mask_b[None, :]
     bias, behind = (), ()
@@ -278,7 +280,7 @@ def train_layers(
         bias = step_on_bias(parameters, held, db * scale, offs_n, mask_n, row_ptr, numbers, LAYER, STEP, TILES)
     da = db
     if LAYER > 0:
-        BLOCK_K: tl.constexpr = inputs_of(LAYER, STEP.sizes, TILES.inputs)
+        BLOCK_K: tl.constexpr = inputs_of(LAYER, STEP.sizes, TILES.inputs, TILES.least)
         BLOCK_B: tl.constexpr = TILES.batch
         da = multiply(turned(w), dz, tl.zeros((BLOCK_K, BLOCK_B), db.dtype), TILES)
     weights = step_on_weights(data, parameters, held, a, dz, rows, mask_b, row_ptr, numbers, scale, LAYER, STEP, TILES)

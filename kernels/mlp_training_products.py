@@ -16,12 +16,12 @@ LARGEST = tl.constexpr(2.0**128 * (1 - 2.0**-12))
 
 @triton.jit
 def fence(TILES: tl.constexpr):
-    """What follows tiles that are operands of a product.
+    """What follows the definition of an operand of a product, before anything that has a barrier.
 
     A product of Hopper's or Blackwell's reads shared memory by another way than a thread writes it. The thread needs a
-    fence after its store and before the barrier behind which the product reads. Triton has a fence, but right before
-    the product, and leaves out the barrier that should follow where there was another one since the store: an H100 then
-    computed gradients of the first layer of 32-64-10 that were off by more than their norm.
+    fence after its store, which Triton makes where the tile is defined, and before the barrier behind which the product
+    reads. Triton has a fence, but right before the product, and leaves out the barrier that should follow where there
+    was another one since the store. `make resources` looks for what could be read too soon.
     """
     if TILES.fenced:
         tl.inline_asm_elementwise(
@@ -38,12 +38,18 @@ def split(x):
 
 
 @triton.jit
-def operand(x, TILES: tl.constexpr):
-    """A tile as :func:`multiply` takes it: a tuple of its two parts, or of it alone.
+def split_by_hardware(x):
+    """The same in two instructions, where what rounds to infinity becomes that."""
+    first = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1)
+    return first, x - first
 
-    To be called where the tile is defined, since there Triton stores it, and before what has a barrier.
-    """
-    parts = split(x) if TILES.precision == "tf32x3" else (x,)
+
+@triton.jit
+def operand(x, TILES: tl.constexpr):
+    """A tile as :func:`multiply` takes it: a tuple of its two parts, or of it alone."""
+    parts = (x,)
+    if TILES.precision == "tf32x3":
+        parts = split_by_hardware(x) if TILES.fenced else split(x)
     fence(TILES)
     return parts
 
@@ -60,7 +66,7 @@ def multiply(a, b, z, TILES: tl.constexpr):
     if len(a) == 2:
         rest = tl.dot(a[1], b[0], input_precision="tf32")
         rest = tl.dot(a[0], b[1], rest, input_precision="tf32")
-        rest = tl.where(rest == rest, rest, 0.0)  # NaN of infinity times a second part of 0; others are first parts too
+        rest = tl.where(tl.abs(rest) < float("inf"), rest, 0.0)  # an infinite first part says it all
         z = tl.dot(a[0], b[0], z + rest, input_precision="tf32")
     else:
         z = tl.dot(a[0], b[0], z, input_precision=TILES.precision, out_dtype=z.dtype)

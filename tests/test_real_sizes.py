@@ -78,7 +78,7 @@ def test_gradients_of_a_training_step(sizes: tuple[int, int, int], batch: int, p
 
     assert "resident" in str(explain(call)[0])
     loss = F.cross_entropy(exact(x.double()), t)
-    most = 3e-3 if precision == "tf32" else 2e-6
+    most = 3e-3 if precision == "tf32" else 4e-6
     assert distance(losses[0], loss.detach()[None]) < most
     for w, right in zip(model.parameters(), torch.autograd.grad(loss, list(exact.parameters())), strict=True):
         assert distance(sgd.state[w]["momentum_buffer"], right) < most

@@ -29,7 +29,7 @@ def launched(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> tuple[int, ..
     tiles = options["TILES"]
     words = ["held"] * tiles.held + ["rows"] * tiles.as_rows + ["split"] * (tiles.precision == mlp_training.SPLIT)
     if not tiles.held and not tiles.as_rows:
-        words = ["columns" if tiles.on_chip else "streamed", *words]
+        words = [*(["columns"] + ["whole"] * (tiles.least > 16) if tiles.on_chip else ["streamed"]), *words]
     return (" ".join(words), *tiles[:3], options["num_warps"], options["num_stages"])
 
 
@@ -51,7 +51,8 @@ def test_both_ways_are_tried_where_they_fit() -> None:
     configs = {str(setting): setting.configs() for setting in SETTINGS}
     tried = configs["784-128-10, batch 128, tf32"]
     on_chip = {(way, 128, 128, inputs, 8, 1) for way in ("columns", "rows") for inputs in (64, 32)}
-    assert {config for config in tried if config[0] != "streamed"} == on_chip
+    current = ("columns whole", 128, 128, 64, 8, 1)
+    assert {config for config in tried if config[0] != "streamed"} == {*on_chip, current}
     assert {config[1:4] for config in tried if config[0] == "streamed"} == {*product((64, 32), (128, 64, 32), (64, 32))}
     ways = {"columns", "rows", "held", "held rows"}
     assert {config[0] for config in configs["64-128-10, batch 32, tf32"]} == ways | {"streamed"}

@@ -185,6 +185,19 @@ def test_cross_entropy_with(device: str, name: str) -> None:
         assert_near(old - new, grad)
 
 
+def test_smoothing_leaves_nothing_behind_the_outputs(device: str) -> None:
+    """Each class has its share of a label, and what is behind the last none: a second step would see it."""
+    step = PLAIN._replace(loss=Loss("cross_entropy", smoothed=True))
+    net, expected = Net(device, step), Net(device, step)
+    losses, _ = net.train(rows_of({0: 1.0}, {0: 1.0}, device=device), batch_size=25, label_smoothing=0.2)
+    for made, rows in enumerate(net.order.split(25)):
+        loss, grads = expected.gradients(rows, label_smoothing=0.2)
+        expected.w = [p - grad for p, grad in zip(expected.w, grads, strict=True)]
+        assert_near(losses[made], loss)
+    for new, wanted in zip(net.w, expected.w, strict=True):
+        assert_near(new, wanted)
+
+
 def test_steps_follow_the_order_and_the_table(device: str) -> None:
     """Three steps from 33 rows into an epoch of 50: 17 rows, then the next epoch's 33 and 17."""
     net, expected = Net(device), Net(device)

@@ -346,6 +346,14 @@ def test_accuracy_takes_the_first_of_equal_logits(device: str, dtype: torch.dtyp
     assert accuracies[0] == torch.tensor((net.targets == 0).sum().item() / 50, dtype=dtype)
 
 
+def test_accuracy_takes_nan_for_the_largest_logit(device: str) -> None:
+    """As argmax does in PyTorch: in every row it is that of class 3, behind others."""
+    net = Net(device)
+    net.w[3][3] = float("nan")
+    _, accuracies = net.train(rows_of({}, device=device), batch_size=50)
+    assert_near(accuracies[0], (net.targets == 3).double().mean())
+
+
 def test_bits_repeat_and_do_not_depend_on_the_chunks(device: str) -> None:
     runs = []
     for chunks in ([6], [6], [1, 3, 2]):

@@ -12,7 +12,8 @@ from torch.optim import optimizer as torch_optimizer
 from ..reading import GONE, Facts
 
 LEAST_EPS = 2.0**-126
-"""The smallest normal number of float32: of a smaller one a GPU makes 0, and of the root of a negative one NaN."""
+"""The smallest normal number of float32: of a smaller one a GPU makes 0, of 0 NaN where there is no gradient, also
+behind the edges of a parameter, and of the root of a negative one NaN."""
 
 
 def refusal(optimizer: Optimizer, parameters: list[Tensor], schedule: Any, facts: Facts) -> str | None:
@@ -130,7 +131,7 @@ def _options_refusal(group: dict[str, Any], is_sgd: bool, on_cpu: bool, facts: F
             return refusal
     if is_sgd:
         return None
-    if group["eps"] != 0 and not group["eps"] >= LEAST_EPS:
+    if not group["eps"] >= LEAST_EPS:
         return f"the option eps is {group['eps']!r}"
     return None if all(0 <= beta < 1 for beta in betas) else f"the option betas is {betas!r}"
 

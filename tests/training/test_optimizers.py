@@ -257,6 +257,7 @@ REFUSED: dict[str, tuple[Callable[[Any], Optimizer], Callable[[Any, Any], Any], 
     "step put in": (Adam, lambda o, p: put(o, "step", print), "step was replaced"),
     "weight decay a tensor": (lambda p: SGD(p, weight_decay=torch.tensor(0.1)), lambda o, p: None, "lr is a tensor"),
     "an eps of almost nothing": (lambda p: Adam(p, eps=1e-40), lambda o, p: None, "the option eps is 1e-40"),
+    "no eps": (lambda p: Adam(p, eps=0.0), lambda o, p: None, "the option eps is 0.0"),
     "an eps below nothing": (Adam, lambda o, p: o.param_groups[0].update(eps=-1e-3), "the option eps is -0.001"),
     "capturable": (lambda p: Adam(p, capturable=True), lambda o, p: None, "capturable on a CPU"),
     "of Adamax": (

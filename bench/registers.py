@@ -34,6 +34,9 @@ CARRIES = frozenset({"IADD3", "UIADD3", "LEA", "ULEA", "LOP3", "ULOP3", "IMAD", 
 
 WIDE = re.compile(r"\.(64|128)\b")
 
+PAIRS = frozenset({"CS2R", "DADD", "DMUL", "DFMA", "F2F", "I2F", "F2I", "MUFU", "LEPC", "FADD2", "FMUL2", "FFMA2"})
+"""What writes two registers, or may."""
+
 PACKED = re.compile(r"(R\d+), (R\d+), 0x([0-9a-f]+), RZ, 0xc0\b")
 
 
@@ -46,7 +49,7 @@ def width(name: str) -> int:
         return 128 if kind == "LDTM" else 4
     if kind == "LDSM" and (several := re.search(r"\.(\d)$", name)):
         return int(several[1])
-    if "WIDE" in name or kind in ("CS2R", "DADD", "DMUL", "DFMA", "F2F", "I2F", "F2I", "MUFU", "LEPC"):
+    if "WIDE" in name or kind in PAIRS:
         return 2
     return int(wide[1]) // 32 if (wide := WIDE.search(name)) else 1
 

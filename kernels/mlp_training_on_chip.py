@@ -174,6 +174,8 @@ def finish_forward(z, data, targets, mask_b, offs_o, trace, smoothing, STEP: tl.
         scale = tl.where(counted > 0, 1.0 / weights, 1.0)  # no rows: no gradient
     if LOSS.weighted:  # 1 / 0 times what ReLU takes to 0 would be NaN
         operand_dz = operand(tl.trans(dz * scale), TILES)
+        if TILES.fenced:
+            tl.debug_barrier()  # the one that Triton makes for the other product's operand is before the fence
         sums, scale = sums * scale, tl.full((), 1.0, dtype)
     return operand_dz, sums, scale
 

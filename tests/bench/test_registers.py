@@ -28,6 +28,7 @@ WRITTEN = {
                                   "HGMMA.64x16x8.F32.TF32 R24, R8, gdesc[UR4], RZ, !UPT", "FADD R0, R31, R24"],
     "tensor cores": ["CS2R R8, SRZ", "LDSM.16.M88.4 R12, [R1]", "HMMA.1688.F32.TF32 R4, R12, R8, RZ",
                      "FADD R0, R7, R15"],
+    "pairs": ["CS2R R4, SRZ", "FADD2 R6, R4.F32x2.HI_LO, R4.F32", "FADD R0, R7, R6"],
     "a subroutine": ["CALL.REL.NOINC 0x30", "MOV R2, R16", "EXIT", "MUFU.RCP64H R16, RZ", "RET.REL.NODEC R1 0x10"],
 }  # fmt: skip
 

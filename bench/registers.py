@@ -25,7 +25,7 @@ WRITES_NOTHING = frozenset({
 })  # fmt: skip
 
 TWO_RESULTS = frozenset({
-    "ISETP", "FSETP", "DSETP", "HSETP2", "PLOP3", "UPLOP3", "UISETP", "PSETP", "VOTE", "VOTEU", "SHFL", "MATCH", "R2P",
+    "ISETP", "FSETP", "DSETP", "HSETP2", "PLOP3", "UPLOP3", "UISETP", "PSETP", "VOTE", "VOTEU", "SHFL", "MATCH",
 })  # fmt: skip
 """What has two results in front, of which one may be a predicate."""
 
@@ -77,6 +77,8 @@ def named(operands: list[str]) -> Iterator[tuple[str, int]]:
 
 def written_by(one: Instruction) -> Iterator[tuple[str, int]]:
     """The registers that an instruction writes."""
+    if one.name.startswith("R2P"):  # as many predicates as its mask has bits
+        yield from (("P", number) for number in range(7))
     for place, (kind, number) in enumerate(named(operands_of(one)[0])):
         count = width(one.name) if place == 0 else 1
         yield from ((kind, number + more) for more in range(count))

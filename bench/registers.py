@@ -94,6 +94,8 @@ def unwritten(code: list[Instruction]) -> list[str]:
         reads = operands_of(one)[1]
         if (packed := PACKED.match(one.operands)) and packed[1] == packed[2]:
             reads = reads[1:] if (~int(packed[3], 16) & 0xFFFFFFFF).bit_count() == 1 else reads
+        if one.name.startswith("PRMT"):  # one half of a register, where the other is whatever was there
+            reads = [part for part in reads if part != operands_of(one)[0][0]]
         if one.name.startswith("HGMMA") and reads and re.fullmatch(r"R\d+.*", reads[0]):
             # of gdesc[UR4] the second pair is B's descriptor; of A in registers there is no first
             reads = [re.sub(r"gdesc\[UR(\d+)\]", lambda place: f"UR{int(place[1]) + 2}", part) for part in reads]

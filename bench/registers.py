@@ -21,7 +21,7 @@ REGISTER = re.compile(r"\b(UR|R|UP|P)(\d+)\b")
 WRITES_NOTHING = frozenset({
     "ST", "STG", "STS", "STL", "STSM", "BAR", "BRA", "BRX", "EXIT", "RED", "MEMBAR", "FENCE", "WARPGROUP", "DEPBAR",
     "NOP", "CCTL", "ERRBAR", "BSYNC", "BREAK", "WARPSYNC", "LDGSTS", "LDGDEPBAR", "RET", "CALL", "BPT", "KILL",
-    "UTMASTG", "UTMALDG", "UTMACMDFLUSH", "SYNCS", "BMOV", "YIELD", "NANOSLEEP", "UTCBAR",
+    "UTMASTG", "UTMALDG", "UTMACMDFLUSH", "BMOV", "YIELD", "NANOSLEEP", "UTCBAR",
 })  # fmt: skip
 
 TWO_RESULTS = frozenset({
@@ -29,7 +29,7 @@ TWO_RESULTS = frozenset({
 })  # fmt: skip
 """What has two results in front, of which one may be a predicate."""
 
-CARRIES = frozenset({"IADD3", "UIADD3", "LEA", "ULEA", "LOP3", "ULOP3", "IMAD", "UIMAD", "FCHK", "SYNCS"})
+CARRIES = frozenset({"IADD3", "UIADD3", "LEA", "ULEA", "LOP3", "ULOP3", "IMAD", "UIMAD", "FCHK"})
 """What may have predicates among its results."""
 
 WIDE = re.compile(r"\.(64|128)\b")

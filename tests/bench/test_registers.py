@@ -23,6 +23,7 @@ WRITTEN = {
     "the stack": ["STL [R1+0x4], RZ", "LDL R2, [R1+0x4]", "MOV R3, R2"],
     "predicates": ["S2R R0, SR_TID.X", "ISETP.GE.AND P1, P2, R0, 0x20, PT", "@P1 SEL R1, R0, RZ, !P2",
                    "SHFL.BFLY PT, R2, R0, 0x1, 0x1f", "LOP3.LUT P3, R4, R0, 0x8, R2, 0xc0, !PT", "SEL R3, R4, RZ, P3"],
+    "a barrier in memory": ["UMOV UR12, URZ", "SYNCS.PHASECHK.TRANS64.TRYWAIT P6, [UR12], RZ", "FSEL R3, RZ, RZ, P6"],
     "half a register": ["MOV R2, 0x1", "PRMT R5, R2, 0x7632, R5", "MOV R6, R5"],
     "predicates of a register": ["S2R R0, SR_TID.X", "R2P PR, R0, 0x7e", "FSEL R3, R0, RZ, P3"],
     "a predicate in a bit": ["LOP3.LUT R5, R5, 0xfffeffff, RZ, 0xc0, !PT", "MOV R6, R5"],

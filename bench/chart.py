@@ -24,7 +24,7 @@ CPU_NAMES = {
     "eager": "PyTorch",
 }
 GPU_NAMES = {
-    "test_call[64-128-10-batch_32-calls_of_10000-tf32-fusednn]": "fusednn train_steps, 10,000 a call",
+    "test_step[64-128-10-batch_32-long-tf32-fusednn]": "fusednn train_steps",
     "test_step[64-128-10-batch_32-long-tf32-drop-in_modules,_CUDA_graph]": "fusednn modules in a CUDA graph",
     "test_step[64-128-10-batch_32-long-tf32-CUDA_graph,_fused_Adam]": "PyTorch in a CUDA graph, fused Adam",
     "test_step[64-128-10-batch_32-long-tf32-CUDA_graph]": "PyTorch in a CUDA graph",

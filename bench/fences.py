@@ -4,8 +4,8 @@ Such a product (wgmma, tcgen05.mma) reads its operands through the async proxy, 
 generic one. So the thread that stored has to make a `fence.proxy.async`, and then all threads have to meet at a
 barrier, before the product begins. Triton (3.6 and 3.7) puts the fence right before the product and leaves the barrier
 to another pass, which is content with any barrier behind the store, as that of a sum in between. Then the order is
-store, barrier, fence, product, and a warp's product may run before another warp's fence: on an H100 gradients were
-wrong, and no sanitizer saw it. `races` finds that order in PTX, along every path through branches and loops.
+store, barrier, fence, product, and a warp's product may run before another warp's fence: PTX promises nothing there,
+though no error of an H100's was traced to it. `races` finds that order, along every path through branches and loops.
 
 What it goes by:
 * A store and an operand meet if the store, of any thread, writes into the 16 bytes at which the operand's descriptor

@@ -34,8 +34,10 @@ CARRIES = frozenset({"IADD3", "UIADD3", "LEA", "ULEA", "LOP3", "ULOP3", "IMAD", 
 
 WIDE = re.compile(r"\.(64|128)\b")
 
-PAIRS = frozenset({"CS2R", "DADD", "DMUL", "DFMA", "F2F", "I2F", "F2I", "MUFU", "LEPC", "FADD2", "FMUL2", "FFMA2"})
-"""What writes two registers, or may."""
+PAIRS = ("CS2R", "DADD", "DMUL", "DFMA", "F2F", "I2F", "F2I", "MUFU", "LEPC", "FADD2", "FMUL2", "FFMA2")
+
+WIDTHS = dict.fromkeys(PAIRS, 2) | dict.fromkeys(("HMMA", "DMMA", "IMMA", "QGMMA"), 4) | {"LDTM": 128}
+"""How many registers is written by what does not say so in its name, or how many may be."""
 
 PACKED = re.compile(r"(R\d+), (R\d+), 0x([0-9a-f]+), RZ, 0xc0\b")
 
@@ -45,11 +47,11 @@ def width(name: str) -> int:
     kind = name.split(".")[0]
     if kind == "HGMMA" and (shape := re.search(r"\.\d+x(\d+)x\d+", name)):
         return int(shape[1]) // 2
-    if kind in ("HMMA", "DMMA", "IMMA", "QGMMA", "LDTM"):
-        return 128 if kind == "LDTM" else 4
+    if kind in WIDTHS:
+        return WIDTHS[kind]
     if kind == "LDSM" and (several := re.search(r"\.(\d)$", name)):
         return int(several[1])
-    if "WIDE" in name or kind in PAIRS:
+    if "WIDE" in name:
         return 2
     return int(wide[1]) // 32 if (wide := WIDE.search(name)) else 1
 
@@ -91,11 +93,11 @@ def unwritten(code: list[Instruction]) -> list[str]:
     for one in code:
         if one.name.startswith("CALL"):
             written |= {register for other in code[last:] for register in written_by(other)}
-        reads = operands_of(one)[1]
+        results, reads = operands_of(one)
         if (packed := PACKED.match(one.operands)) and packed[1] == packed[2]:
             reads = reads[1:] if (~int(packed[3], 16) & 0xFFFFFFFF).bit_count() == 1 else reads
         if one.name.startswith("PRMT"):  # one half of a register, where the other is whatever was there
-            reads = [part for part in reads if part != operands_of(one)[0][0]]
+            reads = [part for part in reads if part != results[0]]
         if one.name.startswith("HGMMA") and reads and re.fullmatch(r"R\d+.*", reads[0]):
             # of gdesc[UR4] the second pair is B's descriptor; of A in registers there is no first
             reads = [re.sub(r"gdesc\[UR(\d+)\]", lambda place: f"UR{int(place[1]) + 2}", part) for part in reads]

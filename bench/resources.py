@@ -5,8 +5,8 @@
 `bench.builds` lists, as `builds(arch)`, what the launchers can ask Triton's JIT for. Each of those is compiled for
 each target with the specialisations that the JIT would use, and the machine code is read: for NVIDIA with the
 cuobjdump and nvdisasm that Triton brings, for AMD from the assembly. With --check, whatever breaks a budget below, or
-does not compile, or takes more than its figures (figures.py) is named and the exit status is 1. A product that
-may read shared memory before it is written (fences.py) breaks one.
+does not compile, or takes more than its figures (figures.py) is named and the exit status is 1. A product that may
+read shared memory before it is written (fences.py) breaks one, and so does a register that is read so (registers.py).
 """
 
 import argparse

@@ -156,8 +156,11 @@ def stacks(pool: ProcessPoolExecutor, setting: Setting) -> dict[Config, int]:
 def worth_timing(found: dict[Config, int], current: Config) -> list[Config]:
     """The current configuration, and those of a table of `stacks` that spill nothing, or on chip little."""
     on_chip = max(MOST_STACK, found.get(current, 0))
-    most = {config: 0 if config[0] == "streamed" else on_chip for config in found}
-    return [config for config, stack in found.items() if config == current or stack <= most[config]]
+    return [
+        config
+        for config, stack in found.items()
+        if config == current or stack <= (0 if config[0] == "streamed" else on_chip)
+    ]
 
 
 class Timed(NamedTuple):

@@ -124,12 +124,11 @@ def tiles(config: Config, step: Step, batch: int, precision: str, one_row: bool 
     hidden = max(step.sizes[1:-1], default=1)
     inputs = step.sizes[0] if way != "streamed" else max(step.sizes[: max(1, step.layers - 1)])
     block_b, block_h, block_i = (fitted(*pair) for pair in zip(most, (batch, hidden, inputs), strict=False))
-    if "whole" in way:
-        block_h = most[1]
     if way != "streamed":
+        least = most[1] if "whole" in way else 16
         precision = SPLIT if "split" in way else precision
-        ways = "rows" in way, "held" in way, one_row, fenced, block_h if "whole" in way else 16
-        return Tiles(block_b, block_h, block_i, outputs_on_chip(step), True, precision, True, *ways)
+        ways = "rows" in way, "held" in way, one_row, fenced, least
+        return Tiles(block_b, max(block_h, least), block_i, outputs_on_chip(step), True, precision, True, *ways)
     block_o = block(step.sizes[-1])
     block_h = min(block_h, max(16, MOST_WEIGHTS // block_o))
     return Tiles(block_b, block_h, block_i, block_o, batch <= block_b, precision, False, fenced=fenced)

@@ -9,9 +9,9 @@ their places in x two steps. The tiles are transposed, with the batch along the 
 one warp, whose loss needs no barrier, and so are all rows of a hidden unit, for db.
 
 Where parameters go through memory two barriers are written down: one when all warps have read them, before the first is
-stored, and one at the end of a step, before the next one reads them. All others are Triton's, for tiles that warps
-exchange through shared memory: the operands of products, the sums over the batch, and each gradient on its way to the
-layout of memory. docs/performance.md tells them one by one.
+stored, and one at the end of a step, before the next one reads them. A third is behind the fence of a gradient that has
+weights. All others are Triton's, for tiles that warps exchange through shared memory: the operands of products, the
+sums over the batch, and each gradient on its way to the layout of memory. docs/performance.md tells them one by one.
 """
 
 import triton

@@ -11,8 +11,8 @@ from .updates import ROW, numbers_of, update
 class Tiles(NamedTuple):
     """The most rows of the batch, hidden units and inputs of a layer in a tile, and all outputs; whether a batch is one
     tile; the precision of products; whether the step stays on chip. And if so, whether it multiplies the last layer as
-    rows, whether parameters and their state stay there from step to step, whether all parameters have one row of the
-    optimizer's table, whether products need fences (see mlp_training_products.py), and the least tile of units."""
+    rows, whether parameters and their state stay there from step to step, and whether all parameters have one row of
+    the optimizer's table; whether products need fences (mlp_training_products.py); on chip the least tile of units."""
 
     batch: int
     hidden: int

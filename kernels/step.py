@@ -36,14 +36,37 @@ ACTIVATIONS = {
     "softplus": Kind(2, before=True),
 }
 
-LOSSES = ("cross_entropy",)
+
+class LossKind(NamedTuple):
+    """What its targets are, and how many numbers it takes.
+
+    The targets are `labels` [N], or numbers [N, outputs]. A mean is over all numbers if the loss is one for each
+    output, and else over the rows.
+    """
+
+    labels: bool
+    per_output: bool
+    numbers: int
+
+
+LOSSES = {
+    "cross_entropy": LossKind(labels=True, per_output=False, numbers=0),
+    "cross_entropy_probabilities": LossKind(labels=False, per_output=False, numbers=0),
+    "mse": LossKind(labels=False, per_output=True, numbers=0),
+    "l1": LossKind(labels=False, per_output=True, numbers=0),
+    "smooth_l1": LossKind(labels=False, per_output=True, numbers=1),
+    "huber": LossKind(labels=False, per_output=True, numbers=1),
+    "bce_with_logits": LossKind(labels=False, per_output=True, numbers=0),
+    "poisson_nll": LossKind(labels=False, per_output=True, numbers=0),
+}
 
 RULES = ("adam", "sgd", "momentum", "nesterov")
 
 STEP_SIZE, DECAY, SHRINK, SIGN = range(4)
-MOMENTUM, UNDAMPED = 4, 5  # of momentum and nesterov
-ROOT, EPS, GRAD_PART, SQUARE_KEPT, SQUARE_PART = range(4, 9)  # of adam
-ROW = 9
+LOSS_SCALE, MAX_NORM = 4, 5  # of the step, in the row of the first parameter
+MOMENTUM, UNDAMPED = 6, 7  # of momentum and nesterov
+ROOT, EPS, GRAD_PART, SQUARE_KEPT, SQUARE_PART = range(6, 11)  # of adam
+ROW = 11
 """The places in a row of the optimizer's table, which has a row for each step and parameter; see updates.py."""
 
 
@@ -55,12 +78,20 @@ class Activation(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """A name of LOSSES; mean or sum over the rows, whether classes have weights, whether labels are smoothed."""
+    """A name of LOSSES; mean or sum, whether classes or outputs have weights, whether targets are smoothed.
+
+    And its numbers: SmoothL1Loss' beta, HuberLoss' delta; whether positive targets have weights (BCEWithLogitsLoss'
+    pos_weight), whether rows have (sample_weight), and whether it is scaled, at each step by the LOSS_SCALE of it.
+    """
 
     name: str = "cross_entropy"
     mean: bool = True
     weighted: bool = False
     smoothed: bool = False
+    numbers: tuple[float, ...] = ()
+    positive_weighted: bool = False
+    rows_weighted: bool = False
+    scaled: bool = False
 
 
 class Rule(NamedTuple):
@@ -76,8 +107,9 @@ class Step(NamedTuple):
     """A training step of a net whose layer l has sizes[l] inputs and sizes[l + 1] outputs.
 
     `biases` says which layers have one, and `activations` what is behind each, also behind the last. `accuracy` asks
-    for the share of the rows whose largest output is the target's. Its str() says all of it: Triton keeps a compiled
-    kernel by that.
+    for the share of the rows whose largest output is the target's, or of binary cross entropy for the share of the
+    outputs on the right side of 0. `clipped` steps make the norm of all gradients at most the MAX_NORM of the step. Its
+    str() says all of it: Triton keeps a compiled kernel by that.
     """
 
     sizes: tuple[int, ...]
@@ -86,6 +118,7 @@ class Step(NamedTuple):
     loss: Loss = Loss()
     rule: Rule = Rule()
     accuracy: bool = False
+    clipped: bool = False
 
     @property
     def layers(self) -> int:

@@ -44,13 +44,13 @@ def numbers_of(row_ptr, RULE: tl.constexpr):
     decay = tl.load(row_ptr + DECAY) if RULE.coupled else step_size
     shrink = tl.load(row_ptr + SHRINK) if RULE.decoupled else step_size
     sign = tl.load(row_ptr + SIGN) if RULE.maximize else step_size
-    fifth, sixth, parts = step_size, step_size, (step_size, step_size, step_size)
+    seventh, eighth, parts = step_size, step_size, (step_size, step_size, step_size)
     if RULE.name == "adam":
-        fifth, sixth = tl.load(row_ptr + ROOT), tl.load(row_ptr + EPS)
+        seventh, eighth = tl.load(row_ptr + ROOT), tl.load(row_ptr + EPS)
         parts = tl.load(row_ptr + GRAD_PART), tl.load(row_ptr + SQUARE_KEPT), tl.load(row_ptr + SQUARE_PART)
     elif RULE.name != "sgd":
-        fifth, sixth = tl.load(row_ptr + MOMENTUM), tl.load(row_ptr + UNDAMPED)
-    return step_size, decay, shrink, sign, fifth, sixth, parts[0], parts[1], parts[2]
+        seventh, eighth = tl.load(row_ptr + MOMENTUM), tl.load(row_ptr + UNDAMPED)
+    return step_size, decay, shrink, sign, step_size, step_size, seventh, eighth, parts[0], parts[1], parts[2]
 
 
 @triton.jit

@@ -172,7 +172,7 @@ class KernelOptimizer:
             undamped = 1 - values("dampening")
             if fresh:  # the buffer begins as the first gradient, whatever the dampening
                 undamped = _series([1.0, *[1 - group["dampening"] for group in (options * steps)[1:steps]]])
-            return [lr, decay, 1 - lr * decay, sign, values("momentum"), undamped, 0.0, 0.0, 0.0]
+            return [lr, decay, 1 - lr * decay, sign, 1.0, 0.0, values("momentum"), undamped, 0.0, 0.0, 0.0]
         beta1, beta2 = group["betas"]
         if len(options) > 1 or isinstance(beta1, Tensor) or isinstance(beta2, Tensor):
             beta1, beta2 = (_series([group["betas"][i] for group in options]) for i in (0, 1))
@@ -190,7 +190,7 @@ class KernelOptimizer:
         if isinstance(unbiased, Tensor) and isinstance(lr, float):
             lr = torch.tensor(lr, dtype=torch.float64, device="cpu")  # or it becomes a product with the reciprocal
         root, eps = _one_over_root(1 - power2), values("eps")
-        return [lr / unbiased, decay, 1 - lr * decay, sign, root, eps, 1 - beta1, beta2, 1 - beta2]
+        return [lr / unbiased, decay, 1 - lr * decay, sign, 1.0, 0.0, root, eps, 1 - beta1, beta2, 1 - beta2]
 
     def _table(self, columns: list[list[Any]], steps: int) -> Any:
         """The numbers of each parameter as a table, [steps, parameters, ROW], in its dtype and on its device."""

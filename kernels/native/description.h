@@ -71,27 +71,35 @@ bool read_name(PyObject *object, const char *what, const Entry (&table)[COUNT], 
     return false;
 }
 
-bool read_activation(PyObject *object, Activation &to) {
-    if (!read_name(object, "activation", ACTIVATIONS, to.name)) return false;
+// The numbers of an activation or a loss, which takes so many.
+template <class Entry>
+bool read_numbers(PyObject *object, const Entry &entry, double *to) {
     Held numbers;
     if (!numbers.get_attribute(object, "numbers")) return false;
     const Py_ssize_t count = PySequence_Size(numbers);
-    const Py_ssize_t needed = ACTIVATIONS[to.name].numbers;
     if (count < 0) return false;
-    if (count != needed) {
-        PyErr_Format(PyExc_ValueError, "%s takes %zd numbers, and not %zd", ACTIVATIONS[to.name].name, needed, count);
+    if (count != entry.numbers) {
+        PyErr_Format(PyExc_ValueError, "%s takes %d numbers, and not %zd", entry.name, entry.numbers, count);
         return false;
     }
     for (Py_ssize_t i = 0; i < count; ++i) {
         Held number;
-        if (!number.get_item(numbers, i) || !read(number, to.numbers[i])) return false;
+        if (!number.get_item(numbers, i) || !read(number, to[i])) return false;
     }
     return true;
 }
 
+bool read_activation(PyObject *object, Activation &to) {
+    return read_name(object, "activation", ACTIVATIONS, to.name) &&
+           read_numbers(object, ACTIVATIONS[to.name], to.numbers);
+}
+
 bool read_loss(PyObject *object, Loss &to) {
     return read_name(object, "loss", LOSSES, to.name) && read_attribute(object, "mean", to.mean) &&
-           read_attribute(object, "weighted", to.weighted) && read_attribute(object, "smoothed", to.smoothed);
+           read_attribute(object, "weighted", to.weighted) && read_attribute(object, "smoothed", to.smoothed) &&
+           read_attribute(object, "positive_weighted", to.positive_weighted) &&
+           read_attribute(object, "rows_weighted", to.rows_weighted) && read_attribute(object, "scaled", to.scaled) &&
+           read_numbers(object, LOSSES[to.name], to.numbers);
 }
 
 bool read_rule(PyObject *object, Rule &to) {
@@ -151,7 +159,7 @@ bool read_step(PyObject *step, PyObject *parameters, Int class_weight, Step<T> &
     Held loss, rule;
     if (!loss.get_attribute(step, "loss") || !read_loss(loss, to.loss)) return false;
     if (!rule.get_attribute(step, "rule") || !read_rule(rule, to.rule)) return false;
-    if (!read_attribute(step, "accuracy", to.accuracy)) return false;
+    if (!read_attribute(step, "accuracy", to.accuracy) || !read_attribute(step, "clipped", to.clipped)) return false;
     to.class_weight = reinterpret_cast<const T *>(static_cast<uintptr_t>(class_weight));
     if (to.loss.weighted != (class_weight != 0)) return wrong("the class weights and the loss do not agree");
     return read_layers(step, parameters, to);

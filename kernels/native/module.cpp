@@ -182,15 +182,20 @@ bool set_names(PyObject *dict, const char *key, const char *const (&names)[COUNT
 
 // NAMES: those of step.h's tables, for the test that compares them with ../step.py's.
 int add_names(PyObject *module) {
-    const Held names(PyDict_New()), row(PyDict_New()), activations(PyDict_New());
-    if (!names || !row || !activations) return -1;
+    const Held names(PyDict_New()), row(PyDict_New()), activations(PyDict_New()), losses(PyDict_New());
+    if (!names || !row || !activations || !losses) return -1;
     for (const auto &entry : ACTIVATIONS) {
         const Held kind(Py_BuildValue("(iN)", entry.numbers, PyBool_FromLong(entry.before)));
         if (!kind || PyDict_SetItemString(activations, entry.name, kind) < 0) return -1;
     }
+    for (const auto &entry : LOSSES) {
+        PyObject *const labels = PyBool_FromLong(entry.labels), *const per_output = PyBool_FromLong(entry.per_output);
+        const Held kind(Py_BuildValue("(NNi)", labels, per_output, entry.numbers));
+        if (!kind || PyDict_SetItemString(losses, entry.name, kind) < 0) return -1;
+    }
     for (const auto &entry : PLACES)
         if (!set_number(row, entry.name, entry.place)) return -1;
-    if (PyDict_SetItemString(names, "activations", activations) < 0 || !set_names(names, "losses", LOSSES) ||
+    if (PyDict_SetItemString(names, "activations", activations) < 0 || PyDict_SetItemString(names, "losses", losses) < 0 ||
         !set_names(names, "rules", RULES) || PyDict_SetItemString(names, "row", row) < 0)
         return -1;
     return PyModule_AddObjectRef(module, "NAMES", names);

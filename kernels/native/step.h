@@ -24,8 +24,17 @@ constexpr struct {
     {"gelu_tanh", 0, true}, {"silu", 0, true}, {"tanh", 0, false}, {"sigmoid", 0, false}, {"softplus", 2, true},
 };
 
-enum LossName { CROSS_ENTROPY };
-constexpr const char *LOSSES[] = {"cross_entropy"};
+enum LossName { CROSS_ENTROPY, CROSS_ENTROPY_PROBABILITIES, MSE, L1, SMOOTH_L1, HUBER, BCE_WITH_LOGITS, POISSON_NLL };
+constexpr struct {
+    const char *name;
+    bool labels;      // whether its targets are labels [N], and not numbers [N, outputs]
+    bool per_output;  // whether a mean is over all outputs, and not over the rows
+    int numbers;      // so many it takes
+} LOSSES[] = {
+    {"cross_entropy", true, false, 0}, {"cross_entropy_probabilities", false, false, 0}, {"mse", false, true, 0},
+    {"l1", false, true, 0}, {"smooth_l1", false, true, 1}, {"huber", false, true, 1},
+    {"bce_with_logits", false, true, 0}, {"poisson_nll", false, true, 0},
+};
 
 enum RuleName { ADAM, SGD, HEAVY_BALL, NESTEROV };  // HEAVY_BALL is "momentum": MOMENTUM is a place
 constexpr const char *RULES[] = {"adam", "sgd", "momentum", "nesterov"};
@@ -33,8 +42,9 @@ constexpr const char *RULES[] = {"adam", "sgd", "momentum", "nesterov"};
 // The places in a row of the optimizer's table.
 enum Place {
     STEP_SIZE, DECAY, SHRINK, SIGN,
+    LOSS_SCALE, MAX_NORM,  // of the step, in the row of the first parameter
     MOMENTUM, UNDAMPED,
-    ROOT = 4, EPS, GRAD_PART, SQUARE_KEPT, SQUARE_PART,
+    ROOT = 6, EPS, GRAD_PART, SQUARE_KEPT, SQUARE_PART,
     ROW,
 };
 constexpr struct {
@@ -42,7 +52,7 @@ constexpr struct {
     Place place;
 } PLACES[] = {
     {"STEP_SIZE", STEP_SIZE}, {"DECAY", DECAY}, {"SHRINK", SHRINK}, {"SIGN", SIGN},
-    {"MOMENTUM", MOMENTUM}, {"UNDAMPED", UNDAMPED},
+    {"LOSS_SCALE", LOSS_SCALE}, {"MAX_NORM", MAX_NORM}, {"MOMENTUM", MOMENTUM}, {"UNDAMPED", UNDAMPED},
     {"ROOT", ROOT}, {"EPS", EPS}, {"GRAD_PART", GRAD_PART}, {"SQUARE_KEPT", SQUARE_KEPT}, {"SQUARE_PART", SQUARE_PART},
     {"ROW", ROW},
 };
@@ -55,6 +65,8 @@ struct Activation {
 struct Loss {
     LossName name;
     bool mean, weighted, smoothed;
+    double numbers[1];
+    bool positive_weighted, rows_weighted, scaled;
 };
 
 struct Rule {
@@ -83,7 +95,7 @@ struct Step {
     Layer<T> layer[MOST_LAYERS];
     Loss loss;
     Rule rule;
-    bool accuracy;
+    bool accuracy, clipped;
     const T *class_weight;  // [classes], or null
 };
 

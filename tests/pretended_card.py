@@ -24,6 +24,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from _pytest.assertion import rewrite
@@ -120,6 +121,20 @@ class Stream:
     wait_stream = wait_event = synchronize
 
 
+def inline_asm(builder: Any, asm: str, constraints: str, values: Any, types: Any, pure: bool, pack: int) -> Any:
+    """What the assembly in mlp_training_products.py does, of which the interpreter knows nothing: TF32, or a fence."""
+    from triton.runtime.interpreter import TensorHandle
+
+    if asm.startswith("cvt.rna.tf32.f32"):
+        (x,) = values
+        rounded = ((x.data.view(np.int32) + 0x1000) & ~0x1FFF).view(np.float32)
+        result = TensorHandle(np.where(np.isnan(x.data), x.data, rounded), x.dtype)
+    else:
+        assert asm.startswith("fence."), asm
+        result = TensorHandle(np.zeros(1, np.int32), types[0])
+    return SimpleNamespace(get_result=lambda place: result)
+
+
 class Card(Driver):
     """The driver: a launch runs the kernel's source in the interpreter."""
 
@@ -154,10 +169,12 @@ class Card(Driver):
     def run(self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
         """What a launch does."""
         import triton.language as tl
+        from triton.runtime.interpreter import InterpreterBuilder
 
         from fusednn.kernels import numerics
 
         before, numerics.INTERPRETED = numerics.INTERPRETED, tl.constexpr(True)
+        InterpreterBuilder.create_inline_asm = inline_asm
         try:
             self.interpretable(kernel).run(*arguments, grid=grid, warmup=False)
         finally:

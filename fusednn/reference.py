@@ -2,7 +2,9 @@
 the benchmarks compare with. Imports nothing but torch.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from itertools import count, islice
 from typing import Any
@@ -113,6 +115,10 @@ def train_steps(
     lr_schedule: Any = None,
     start_step: int = 0,
     return_accuracy: bool = False,
+    sample_weight: Tensor | None = None,
+    loss_scale: "PerStep" = 1.0,
+    decay_scale: "PerStep" = 1.0,
+    max_grad_norm: float | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The loop that :func:`fusednn.train_steps` stands for: what it computes is what this computes.
 
@@ -123,15 +129,21 @@ def train_steps(
         check_accuracy(criterion)
     losses, accuracies = [], []
     batches = _batches(len(inputs), batch_size, epochs, steps, shuffle, drop_last, generator, order, seed)
-    for rows in islice(batches, start_step, None):
+    for step, rows in enumerate(islice(batches, start_step, None), start_step):
         rows = rows.to(inputs.device)
         outputs = model(inputs[rows])
-        loss = criterion(outputs, as_long(targets[rows]))
+        weights = None if sample_weight is None else sample_weight[rows]
+        loss = loss_of(criterion, outputs, as_long(targets[rows]), weights)
+        if (scale := number_at(loss_scale, step)) != 1.0:
+            loss = scale * loss
         optimizer.zero_grad()
         loss.backward()
         if return_accuracy:
             accuracies.append(accuracy(outputs, targets[rows], criterion))
-        optimizer.step()
+        if max_grad_norm is not None:
+            clip(optimizer, max_grad_norm)
+        with scaled_decay(optimizer, number_at(decay_scale, step)):
+            optimizer.step()
         if lr_schedule is not None:
             lr_schedule.step()
         losses.append(loss.detach())
@@ -147,18 +159,83 @@ def make_train_step(
     criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
     *,
     lr_schedule: Any = None,
+    max_grad_norm: float | None = None,
     return_accuracy: bool = False,
-) -> Callable[[Tensor, Tensor], Any]:
+) -> Callable[..., Any]:
     """What :func:`fusednn.make_train_step` stands for: a function that makes a step of the same loop on a batch."""
 
-    def step(inputs: Tensor, targets: Tensor) -> Any:
+    def step(inputs: Tensor, targets: Tensor, **options: Any) -> Any:
         traces = train_steps(
             model, optimizer, inputs, targets, batch_size=max(1, len(inputs)), steps=1, shuffle=False,
-            criterion=criterion, lr_schedule=lr_schedule, return_accuracy=return_accuracy,
+            criterion=criterion, lr_schedule=lr_schedule, max_grad_norm=max_grad_norm,
+            return_accuracy=return_accuracy, **options,
         )  # fmt: skip
         return tuple(trace[0] for trace in traces) if return_accuracy else traces[0]
 
     return step
+
+
+PerStep = float | Sequence[float] | Callable[[int], float]
+"""A number for all steps, one for each, or a function of the number of the step."""
+
+
+def number_at(numbers: PerStep, step: int) -> float:
+    """That of a step."""
+    if callable(numbers):
+        return float(numbers(step))
+    return float(numbers[step] if isinstance(numbers, Sequence) else numbers)
+
+
+def loss_of(criterion: Any, outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """criterion(outputs, targets), in which the losses of row r count weights[r] times, of weights [N].
+
+    A mean divides by the sum of the weights, in place of the number of the losses. Where the criterion has class
+    weights and labels, or labels are ignored, PyTorch's mean divides by the weights of the labels, ignored ones having
+    none: these are multiplied.
+    """
+    if weights is None:
+        return criterion(outputs, targets)  # type: ignore[no-any-return]
+    each = copy(criterion)
+    each.reduction = "none"
+    losses: Tensor = each(outputs, targets)
+    weights = weights.detach().reshape(-1, *[1] * (losses.dim() - 1)).expand_as(losses)
+    total = (weights * losses).sum()
+    if criterion.reduction == "sum":
+        return total
+    if isinstance(criterion, (nn.CrossEntropyLoss, nn.NLLLoss)) and not targets.is_floating_point():
+        counted = targets != criterion.ignore_index
+        weights = torch.where(counted, weights, 0.0)
+        if criterion.weight is not None:
+            weights = weights * criterion.weight[torch.where(counted, targets, 0)]
+    return total / weights.sum()
+
+
+def check_weighted(criterion: Any) -> None:
+    """Raise TypeError or ValueError for a criterion that :func:`loss_of` cannot weight."""
+    if not isinstance(criterion, nn.Module) or not hasattr(criterion, "reduction"):
+        name = getattr(criterion, "__name__", type(criterion).__name__)
+        raise TypeError(f"sample_weight needs a criterion that is a module with a reduction, not {name}")
+    if criterion.reduction not in ("mean", "sum"):
+        raise ValueError(f"sample_weight needs a criterion of the reduction mean or sum, not {criterion.reduction!r}")
+
+
+def clip(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+    """torch.nn.utils.clip_grad_norm_ of all parameters of an optimizer."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    nn.utils.clip_grad_norm_(parameters, max_norm)
+
+
+@contextmanager
+def scaled_decay(optimizer: torch.optim.Optimizer, scale: float) -> Iterator[None]:
+    """A context in which each group's weight_decay is so many times what it is."""
+    decays = [group["weight_decay"] for group in optimizer.param_groups if scale != 1.0]
+    for group, decay in zip(optimizer.param_groups, decays, strict=False):
+        group["weight_decay"] = scale * decay
+    try:
+        yield
+    finally:
+        for group, decay in zip(optimizer.param_groups, decays, strict=False):
+            group["weight_decay"] = decay
 
 
 _LOGITS = (nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss, F.binary_cross_entropy_with_logits)

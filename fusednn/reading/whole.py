@@ -123,14 +123,19 @@ CALLS = [(name, getattr(nn.Module, name)) for name in ("__call__", "_call_impl",
 CALLS.append(("__getattribute__", object.__getattribute__))
 
 
+_LOSSES = (
+    "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy_with_logits", "poisson_nll_loss",
+)  # fmt: skip
+
 UNTOUCHED: list[tuple[Any, str, Any]] = [
     (owner, name, getattr(owner, name))
     for owner, names in (
         *((kind, ["forward"]) for kind in (
             nn.Linear, *MODULES, nn.Sequential, nn.Flatten, nn.Identity, nn.Dropout, nn.CrossEntropyLoss,
+            nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCEWithLogitsLoss, nn.PoissonNLLLoss,
             modules.Linear, modules.LinearReLU, modules.SimpleNN, modules.CrossEntropyLoss,
         )),
-        *NAMES.items(), (F, ["linear", "cross_entropy"]), (torch.autograd, ["backward", "grad"]),
+        *NAMES.items(), (F, ["linear", "cross_entropy", *_LOSSES]), (torch.autograd, ["backward", "grad"]),
         (Tensor, ["backward", "__getitem__", "detach"]),
     )
     for name in names

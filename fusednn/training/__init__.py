@@ -54,6 +54,14 @@ def train_steps(
     column, it is the share on the right side of 0 (of 1/2 for nn.BCELoss).
 
     * `criterion`: nn.CrossEntropyLoss() if it is None.
+    * `sample_weight` [N], floating-point: the loss of each row counts so many times; a mean divides by their sum (of
+      labels whose classes have weights, by the sum of the products). Then the criterion needs to be a module with a
+      `reduction` of mean or sum.
+    * `loss_scale` and `decay_scale`: what the loss, and each group's `weight_decay`, is multiplied with. A number, a
+      sequence with one for each step, or a function of the number of the step, counted from the beginning of the call.
+      The losses that are returned are scaled.
+    * `max_grad_norm`: between backward and step, as torch.nn.utils.clip_grad_norm_ does, all gradients of the
+      optimizer's parameters are multiplied with one number, so that their norm is at most so much.
     * `start_step=k`: as if this call had made k of its steps before. It draws their rows and passes over them, so give
       it the generator as it was at the beginning. `done` and `chunk_steps` count on. If the model, the optimizer and
       the schedule are as they were after k steps, the run goes on to the bits of one that was not stopped.
@@ -76,8 +84,10 @@ def train_steps(
 
     * "resident" is one program on a GPU that makes all steps, in launches of some 40 ms. It takes one to eight Linears
       of a moderate size in float32 or float64, each with or without a bias, with a ReLU, LeakyReLU, ELU, GELU, SiLU,
-      Tanh, Sigmoid or Softplus behind it, or nothing; nn.CrossEntropyLoss; and torch.optim's Adam, AdamW or SGD without
-      amsgrad.
+      Tanh, Sigmoid or Softplus behind it, or nothing. The loss is nn.CrossEntropyLoss, of labels or of class
+      probabilities, MSELoss, L1Loss, SmoothL1Loss, HuberLoss, BCEWithLogitsLoss or PoissonNLLLoss, with targets of
+      exactly the shape and dtype of the outputs where it takes no labels. The optimizer is one of torch.optim's Adam,
+      AdamW or SGD, without amsgrad.
     * "captured" makes each step a CUDA graph of many programs, where that is quicker.
     * "native" is the same on a CPU: a loop in C++, in this thread alone, in calls of some 40 ms.
     * "looped" is the loop above, for everything else; `explain` says why.
@@ -114,6 +124,7 @@ def make_train_step(
     *,
     lr_schedule: Any = None,
     return_accuracy: bool = False,
+    max_grad_norm: float | None = None,
 ) -> TrainStep:
     """Make a function that makes one step of the loop of :func:`train_steps`, on a batch that the caller brings:
 
@@ -128,8 +139,10 @@ def make_train_step(
             optimizer.zero_grad(); loss.backward(); optimizer.step(); lr_schedule.step()
 
     `step(x, y)` takes inputs [N, ...] and targets [N, ...] of any N. It returns the loss, [], and does not wait for it;
-    with `return_accuracy` it returns the loss and the accuracy, []. The engines are those of `train_steps` without
-    "captured", which needs many steps at once. `step.engine` names the engine of the last call.
+    with `return_accuracy` it returns the loss and the accuracy, []. Its keywords `sample_weight` [N], `loss_scale` and
+    `decay_scale`, each a number, are those of `train_steps` for this step; `max_grad_norm` is for all steps. The
+    engines are those of `train_steps` without "captured", which needs many steps at once. `step.engine` names the
+    engine of the last call.
 
     Each call looks at the model, the optimizer, the criterion and the modes of PyTorch as they are then. So you may
     freeze layers, load states, add hooks and set learning rates in between. Where the loop serves, which is always
@@ -140,4 +153,4 @@ def make_train_step(
     of range as `train_steps` does. The call raises what the loop raises in a step.
     """
     criterion = CrossEntropyLoss() if criterion is None else criterion
-    return TrainStep(model, optimizer, criterion, lr_schedule, return_accuracy)
+    return TrainStep(model, optimizer, criterion, lr_schedule, return_accuracy, max_grad_norm)

@@ -12,7 +12,7 @@ from .. import dispatch
 from .engines.looped import step_of
 from .engines.native import Native
 from .interrupts import Interrupts
-from .job import Job, check_data, check_training
+from .job import Job, check_data, check_training, norm_of, per_step
 from .optimizers import zero_grad
 from .orders import All
 from .plan import Choice, choose, refusal_to_go_on
@@ -107,10 +107,11 @@ class TrainStep:
 
     def __init__(
         self, model: Callable[[Tensor], Tensor], optimizer: Optimizer, criterion: Any, lr_schedule: Any,
-        return_accuracy: bool,
+        return_accuracy: bool, max_grad_norm: float | None = None,
     ) -> None:  # fmt: skip
         check_training(model, optimizer, criterion, lr_schedule, return_accuracy)
         self._training = model, optimizer, criterion, lr_schedule, return_accuracy
+        self._max_norm = norm_of(max_grad_norm)
         self._choice: Choice | None = None
         self._kernels: Any = None
         self._kind: Any = None
@@ -119,11 +120,20 @@ class TrainStep:
         self.engine: str | None = None
         """Who made the last step; None before the first."""
 
-    def __call__(self, inputs: Tensor, targets: Tensor) -> Any:
-        """Make a step on inputs and targets [N, ...]; returns its loss, [], or its loss and accuracy."""
-        check_data(inputs, targets)
+    def __call__(
+        self, inputs: Tensor, targets: Tensor, *, sample_weight: Tensor | None = None,
+        loss_scale: float = 1.0, decay_scale: float = 1.0,
+    ) -> Any:  # fmt: skip
+        """Make a step on inputs and targets [N, ...]; returns its loss, [], or its loss and accuracy.
+
+        Rows may have weights, [N], and this step a factor of the loss and of each group's weight_decay.
+        """
+        check_data(inputs, targets, self._training[2], sample_weight)
         rows = inputs.shape[0]
-        job = Job(*self._training, inputs, targets, max(1, rows), 1, rows)
+        job = Job(*self._training, inputs, targets, max(1, rows), 1, rows, max_grad_norm=self._max_norm)
+        if sample_weight is not None or loss_scale != 1.0 or decay_scale != 1.0:
+            scales = per_step("loss_scale", loss_scale, 1), per_step("decay_scale", decay_scale, 1)
+            job = job._replace(sample_weight=sample_weight, loss_scale=scales[0], decay_scale=scales[1])
         if self._wait and not dispatch.watched():
             self._wait -= 1
             loss, right = self._loop(job)
@@ -150,14 +160,14 @@ class TrainStep:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles are new steps of copies of what it trains."""
-        return TrainStep, self._training
+        return TrainStep, (*self._training, self._max_norm)
 
     def _loop(self, job: Job) -> tuple[Tensor, Tensor | None]:
         if torch.is_grad_enabled():
-            loss, right = step_of(job, job.inputs, job.targets)
+            loss, right = step_of(job, job.inputs, job.targets, job.sample_weight, 0)
         else:
             with torch.enable_grad():
-                loss, right = step_of(job, job.inputs, job.targets)
+                loss, right = step_of(job, job.inputs, job.targets, job.sample_weight, 0)
         zero_grad(job.optimizer)
         if job.lr_schedule is not None:
             job.lr_schedule.step()

@@ -1,5 +1,6 @@
 """What train_steps and make_train_step are asked for."""
 
+import numbers
 import operator
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple, TypedDict, get_type_hints
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 
 from .. import dispatch, internals, reference
 from ..modules import CrossEntropyLoss
+from ..reference import PerStep
 
 
 class Job(NamedTuple):
@@ -32,6 +34,16 @@ class Job(NamedTuple):
     seed: int | None = None
     on_chunk: Callable[[int, Tensor], object] | None = None
     chunk_steps: int | None = None
+    sample_weight: Tensor | None = None
+    loss_scale: PerStep = 1.0
+    decay_scale: PerStep = 1.0
+    max_grad_norm: float | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a step has no weights of rows, scales or largest norm."""
+        scales = self.loss_scale, self.decay_scale
+        return self.sample_weight is None and self.max_grad_norm is None and scales == (1.0, 1.0)
 
 
 class Options(TypedDict, total=False):
@@ -50,6 +62,10 @@ class Options(TypedDict, total=False):
     start_step: Annotated[int, 0]
     on_chunk: Annotated[Callable[[int, Tensor], object] | None, None]
     chunk_steps: Annotated[int | None, None]
+    sample_weight: Annotated[Tensor | None, None]
+    loss_scale: Annotated[PerStep, 1.0]
+    decay_scale: Annotated[PerStep, 1.0]
+    max_grad_norm: Annotated[float | None, None]
 
 
 HINTS = get_type_hints(Options, include_extras=True)
@@ -69,8 +85,9 @@ def check(
     epochs, steps, generator = given["epochs"], given["steps"], given["generator"]
     order, seed, on_chunk = given["order"], given["seed"], given["on_chunk"]
     criterion = _CROSS_ENTROPY if given["criterion"] is None else given["criterion"]
+    max_grad_norm = norm_of(given["max_grad_norm"])
     check_training(model, optimizer, criterion, given["lr_schedule"], return_accuracy)
-    check_data(inputs, targets)
+    check_data(inputs, targets, criterion, given["sample_weight"])
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator needs a torch.Generator, not {type(generator).__name__}")
     if (epochs is None) == (steps is None):
@@ -96,7 +113,9 @@ def check(
         model=model, optimizer=optimizer, criterion=criterion, lr_schedule=given["lr_schedule"],
         return_accuracy=return_accuracy, inputs=inputs, targets=targets, batch_size=batch_size, steps=total,
         epoch_rows=rows, start_step=start_step, shuffle=given["shuffle"], generator=generator, order=order, seed=seed,
-        on_chunk=on_chunk, chunk_steps=chunk_steps,
+        on_chunk=on_chunk, chunk_steps=chunk_steps, sample_weight=given["sample_weight"],
+        loss_scale=per_step("loss_scale", given["loss_scale"], total),
+        decay_scale=per_step("decay_scale", given["decay_scale"], total), max_grad_norm=max_grad_norm,
     )  # fmt: skip
 
 
@@ -121,10 +140,14 @@ def check_training(
         reference.check_accuracy(criterion)
 
 
-def check_data(inputs: Tensor, targets: Tensor) -> None:
-    """Raise the error for inputs and targets that are no rows of examples, or have no memory."""
+def check_data(inputs: Tensor, targets: Tensor, criterion: Any, weights: Tensor | None) -> None:
+    """Raise the error for inputs and targets that are no rows of examples, or have no memory; or weights of rows."""
     transformed = internals.transforming()  # whose tensors have none of their own
-    for name, tensor in (("inputs", inputs), ("targets", targets)):
+    given = {"inputs": inputs, "targets": targets}
+    if weights is not None:
+        given["sample_weight"] = weights
+        reference.check_weighted(criterion)
+    for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} need a torch.Tensor, not {type(tensor).__name__}")
         if not tensor.dim():
@@ -134,6 +157,54 @@ def check_data(inputs: Tensor, targets: Tensor) -> None:
             raise RuntimeError(f"{name}: {refusal}")
     if inputs.shape[0] != targets.shape[0]:
         raise ValueError(f"inputs have {len(inputs)} rows and targets {len(targets)}")
+    if weights is not None and (weights.shape != inputs.shape[:1] or not weights.is_floating_point()):
+        found = f"{list(weights.shape)}, {weights.dtype}"
+        raise ValueError(f"sample_weight needs a floating-point number for each of {len(inputs)} rows, not {found}")
+
+
+def norm_of(value: Any) -> float | None:
+    """`max_grad_norm`, or the error for one that is none."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"max_grad_norm needs a number, not {value!r}")
+    if not (norm := float(value)) >= 0:
+        raise ValueError(f"max_grad_norm needs to be at least 0, not {norm}")
+    return norm
+
+
+def per_step(name: str, value: Any, steps: int) -> PerStep:
+    """A number for all steps, one for each, or a function of the step; or the error for what is none of these."""
+    if callable(value):
+        function: Callable[[int], float] = value
+        return function
+    try:
+        if isinstance(value, numbers.Real) and not isinstance(value, bool):
+            return float(value)
+        values = [float(number) for number in (value.tolist() if hasattr(value, "tolist") else value)]
+    except (TypeError, ValueError) as error:
+        found = type(value).__name__
+        raise TypeError(f"{name} needs a number, one for each step, or a function of the step, not {found}") from error
+    if len(values) < steps:
+        raise ValueError(f"{name} has {len(values)} numbers for {steps} steps")
+    return values
+
+
+def series(value: PerStep, begin: int, steps: int) -> tuple[list[float] | None, Exception | None]:
+    """The numbers of so many steps from number `begin` on; None if they are 1, all of them.
+
+    Fewer, and an error, where a function raises it.
+    """
+    if isinstance(value, float):
+        return None if value == 1.0 else [value] * steps, None
+    if not callable(value):
+        return [*value[begin : begin + steps]], None
+    found: list[float] = []
+    try:
+        found.extend(float(value(step)) for step in range(begin, begin + steps))
+    except Exception as error:  # to be raised when the steps before are made
+        return found, error
+    return found, None
 
 
 def whole(name: str, value: Any, least: int) -> int:

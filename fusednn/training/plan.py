@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .. import arguments, dispatch, internals
+from .. import dispatch, internals
 from ..reading import Facts
 from . import criteria, net, optimizers
 from .engines import Engine
@@ -50,7 +50,9 @@ class Choice(NamedTuple):
         job = self.job
         if not job.inputs.shape[0]:
             return self
-        return self._replace(job=job._replace(inputs=job.inputs[:0].clone(), targets=job.targets[:0].clone()))
+        weights = None if job.sample_weight is None else job.sample_weight[:0].clone()
+        inputs, targets = job.inputs[:0].clone(), job.targets[:0].clone()
+        return self._replace(job=job._replace(inputs=inputs, targets=targets, sample_weight=weights))
 
     def is_for(self, job: Job) -> bool:
         """Whether `choose` would choose the same for a batch that is as large at most, by what is quick to see."""
@@ -65,6 +67,7 @@ class Choice(NamedTuple):
             return False
         return (
             _data_refusal(job) is None
+            and criteria.targets_refusal(job.criterion, found.sizes[-1], batch, job.targets) is None
             and self.facts[0].hold()
             and self.facts[1].hold()
             and optimizers.refusal_now(job.optimizer, found.parameters) is None
@@ -129,8 +132,9 @@ def _read(job: Job) -> tuple[Net | str, tuple[Facts, ...]]:
     found, net_facts = net.read(model, None if len(features) == 1 else features)
     if isinstance(found, str):
         return found, ()
-    weights, parameters = getattr(job.criterion, "weight", None), found.parameters
-    others = [*optimizers.states_of(job.optimizer, parameters), weights if isinstance(weights, Tensor) else None]
+    parameters = found.parameters
+    weights = [weight for weight in criteria.weights_of(job.criterion) if isinstance(weight, Tensor)]
+    others = [*optimizers.states_of(job.optimizer, parameters), *weights]
     kinds = inputs.dtype, *map(id, job.optimizer.param_groups), *net.kinds_of(found.places), *net.kinds_of(others)
     before = _READ.get(job.optimizer)
     if not (
@@ -145,7 +149,11 @@ def _read(job: Job) -> tuple[Net | str, tuple[Facts, ...]]:
         kept = None if schedule is None else _weakly(schedule)
         before = _Read(ref(model), _weakly(job.criterion), kept, features, kinds, (net_facts, facts), refusal)
         _READ[job.optimizer] = before
-    refusal = before.refusal or optimizers.refusal_now(job.optimizer, parameters)
+    refusal = (
+        before.refusal
+        or optimizers.refusal_now(job.optimizer, parameters)
+        or criteria.targets_refusal(job.criterion, found.sizes[-1], inputs, job.targets)
+    )
     if found.needs_rows and not inputs.shape[0]:
         refusal = refusal or "there are no rows, of which a view makes no matrix"
     return refusal or net.memory_refusal(parameters) or _device_refusal(job, found) or found, before.facts
@@ -197,12 +205,24 @@ def _data_refusal(job: Job) -> str | None:
         return "the inputs are no plain tensor, want a gradient, or are a view that negates"
     if inputs.dtype is not torch.float32 and inputs.dtype is not torch.float64:
         return f"no training kernel for {inputs.dtype}"
-    if type(targets) is not Tensor or targets.dim() != 1 or targets.dtype not in arguments.LABELS:
-        return "the targets are not a vector of labels"
-    if inputs._is_zerotensor() or targets._is_zerotensor() or targets.is_neg():
-        return "the inputs or targets have no memory"
-    if targets.is_cpu is not inputs.is_cpu or targets.get_device() != inputs.get_device():
-        return "inputs and targets are on two devices"
+    if inputs._is_zerotensor():
+        return "the inputs have no memory"
+    if (refusal := _rows_refusal("targets", targets, inputs)) is not None:
+        return refusal
+    weights = job.sample_weight
+    if weights is not None and weights.dtype is not inputs.dtype:
+        return f"the sample_weight is {weights.dtype}, and the inputs are {inputs.dtype}"
+    return None if weights is None else _rows_refusal("sample_weight", weights, inputs)
+
+
+def _rows_refusal(name: str, values: Tensor, inputs: Tensor) -> str | None:
+    """Why no training kernel reads what else each row has, or None."""
+    if type(values) is not Tensor or values.layout is not torch.strided or values.requires_grad or values.is_neg():
+        return f"the {name} are no plain tensor, want a gradient, or are a view that negates"
+    if values._is_zerotensor():
+        return f"the {name} have no memory"
+    if values.is_cpu is not inputs.is_cpu or values.get_device() != inputs.get_device():
+        return f"inputs and {name} are on two devices"
     return None
 
 

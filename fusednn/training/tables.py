@@ -39,7 +39,9 @@ class Taken(NamedTuple):
 class KernelOptimizer:
     """`optimizer`, which optimizers.py does not refuse, and the LR scheduler that is stepped after each step."""
 
-    def __init__(self, optimizer: Optimizer, parameters: Sequence[Tensor | None], schedule: Any) -> None:
+    def __init__(
+        self, optimizer: Optimizer, parameters: Sequence[Tensor | None], schedule: Any, max_norm: Any = None
+    ) -> None:
         """`parameters` are the optimizer's in the order of the table, None where a place is empty."""
         self.optimizer, self.parameters, self.schedule = optimizer, parameters, schedule
         self.model = next(parameter for parameter in parameters if parameter is not None)
@@ -58,7 +60,7 @@ class KernelOptimizer:
         """Whether one more step needs nothing but its row of the table: no state is made, no schedule stepped."""
         return self._kept is not None and self._kept[0] is self.facts
 
-    def take(self, steps: int) -> Taken:
+    def take(self, steps: int, scales: Any = None, decays: Any = None) -> Taken:
         """What the next `steps` steps need. The schedule is behind them; when they are launched, `count` them.
 
         They are fewer where the schedule raises an error, which `error` keeps. Nothing waits for a device: a learning

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import dispatch, reference
-from ...kernels.step import ROW
+from ...kernels.step import LOSS_SCALE, ROW
 from ...kernels.updates import optimizer_step
 from ...reading import Facts
 from .. import criteria, optimizers
@@ -26,6 +26,7 @@ from ..net import Net, read_pure
 from ..orders import Rows
 from ..pacing import Pace
 from ..tables import KernelOptimizer, Taken
+from .chunks import take
 
 LEAST_STEPS = 50
 """Fewer steps are not worth the capture of a CUDA graph. Unmeasured."""
@@ -61,6 +62,7 @@ class Captured:
             return "the parameters have another dtype or device than the inputs"
         return (
             criteria.refusal(job.criterion, None, x, Facts())
+            or criteria.targets_refusal(job.criterion, None, x, job.targets)
             or optimizers.refusal(job.optimizer, parameters, job.lr_schedule, Facts())
             or optimizers.refusal_now(job.optimizer, parameters)
         )
@@ -77,7 +79,7 @@ class Captured:
         parameters = read_pure(job.model)
         assert not isinstance(parameters, str)
         self.job, self.trained, self.rows, self.done = job, parameters, Rows(job), job.start_step
-        self.optimizer = KernelOptimizer(job.optimizer, parameters, job.lr_schedule)
+        self.optimizer = KernelOptimizer(job.optimizer, parameters, job.lr_schedule, job.max_grad_norm)
         self.losses: list[Tensor] = []
         self.accuracies: list[Tensor] = []
         self.pace = Pace(inputs, UNCAPTURED, MOST_STEPS)
@@ -91,6 +93,7 @@ class Captured:
         self.traces = inputs.new_zeros(2, MOST_STEPS)
         self.stream = torch.cuda.Stream(inputs.device) if inputs.is_cuda else None
         self.taken: Taken | None = None
+        self.scaled = False
         self.replay: Callable[[], None] | None = None
         self.captured: Taken | None = None  # what the optimizer was when the step was captured
 
@@ -126,7 +129,7 @@ class Captured:
             trace.record_stream(current)
 
     def _run(self, steps: int) -> None:
-        self.taken = self.optimizer.take(steps)
+        self.taken, self.scaled = take(self.optimizer, self.job, self.done, steps)
         steps = self.taken.steps
         rows = self.rows.take(steps)
         self.table[:steps].copy_(self.taken.table)
@@ -155,11 +158,12 @@ class Captured:
         return now.rule == then.rule and all(a is b for a, b in states) and self._constants() == self.constants
 
     def _constants(self) -> tuple[Any, ...]:
-        """What else the graph has: the numbers of the criterion, where the parameters and its weights lie."""
-        criterion = self.job.criterion
-        tensors = (*self.trained, *(() if criterion.weight is None else (criterion.weight,)))
-        numbers = criterion.reduction, criterion.label_smoothing, criterion.ignore_index
-        return *numbers, *(tensor.data_ptr() for tensor in tensors)
+        """What else the graph has: the loss and its numbers, and where parameters and weights lie."""
+        job, criterion = self.job, self.job.criterion
+        weights = *criteria.weights_of(criterion), job.sample_weight
+        tensors = (*self.trained, *(weight for weight in weights if weight is not None))
+        loss, numbers = criteria.loss_of(criterion, job.targets), criteria.numbers_of(criterion)
+        return loss, self.scaled, *numbers.values(), *(tensor.data_ptr() for tensor in tensors)
 
     def _step_of_order(self) -> None:
         self._step(self.order.index_select(0, self.count).view(-1))
@@ -172,11 +176,18 @@ class Captured:
         # nodes of the parameters would bring its stream, often the default one, into the capture, which CUDA forbids.
         leaves = {name: w.detach().requires_grad_() for name, w in self.named.items()}
         outputs = torch.func.functional_call(self.model, leaves, (job.inputs[rows],))
-        loss = job.criterion(outputs, reference.as_long(targets))
-        gradients = torch.autograd.grad(loss, list(leaves.values()))
+        weights = None if job.sample_weight is None else job.sample_weight[rows]
+        loss = reference.loss_of(job.criterion, outputs, reference.as_long(targets), weights)
+        if self.scaled:
+            loss = self.table[:, 0, LOSS_SCALE].index_select(0, self.count)[0] * loss
+        gradients = [g.contiguous() for g in torch.autograd.grad(loss, list(leaves.values()))]
+        if job.max_grad_norm is not None:
+            for leaf, g in zip(leaves.values(), gradients, strict=True):
+                leaf.grad = g
+            nn.utils.clip_grad_norm_(leaves.values(), job.max_grad_norm)
         for index, (w, g) in enumerate(zip(self.trained, gradients, strict=True)):
             states = taken.firsts[index], taken.seconds[index]
-            optimizer_step(w, *states, g.contiguous(), self.table, self.count, index, taken.rule)
+            optimizer_step(w, *states, g, self.table, self.count, index, taken.rule)
         self.traces[0].index_copy_(0, self.count, loss.detach().view(1))
         if job.return_accuracy:
             right = reference.accuracy(outputs.detach(), targets, job.criterion)

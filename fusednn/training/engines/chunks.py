@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ...kernels.step import Step
 from ...ops.cross_entropy import check_range
-from ..criteria import loss_of
+from .. import criteria
 from ..interrupts import Interrupts
-from ..job import Job
+from ..job import Job, series
 from ..net import Net
 from ..orders import Rows
 from ..pacing import Pace
@@ -35,7 +35,7 @@ class Chunks(ABC):
         self.biases = tuple(bias is not None for bias in net.places[1::2])
         self.states: list[Tensor] = []
         self.found: tuple[list[Any], ...] = ()
-        self.optimizer = KernelOptimizer(job.optimizer, net.places, job.lr_schedule)
+        self.optimizer = KernelOptimizer(job.optimizer, net.places, job.lr_schedule, job.max_grad_norm)
         self.check_labels(job)
         self.begin(job)
         self.pace = Pace(job.inputs, self.first_chunk // products_of(job, net), MOST_STEPS)
@@ -84,22 +84,22 @@ class Chunks(ABC):
         self.optimizer.finish()
 
     def _launch(self, steps: int) -> None:
-        job, criterion = self.job, self.job.criterion
+        job, criterion, weights = self.job, self.job.criterion, self.job.sample_weight
         x = flat(job.inputs)
-        shape = job.inputs.shape
-        if x is None or shape != self.shape or len(job.targets) != shape[0]:  # the order would lead past their end
+        shape, rows = job.inputs.shape, job.inputs.shape[:1]
+        if x is None or shape != self.shape or job.targets.shape[:1] != rows:  # the order would lead past their end
             raise RuntimeError(f"the inputs became {list(shape)}, for {len(job.targets)} targets")
-        taken = self.optimizer.take(steps)
+        if weights is not None and weights.shape != rows:
+            raise RuntimeError(f"the sample_weight became {list(weights.shape)}, for inputs of {list(shape)}")
+        taken, scaled = take(self.optimizer, job, self.done, steps)
         steps = taken.steps
         position, order = self.rows.position, self.rows.take(steps)
-        net, loss = self.net, loss_of(criterion)
-        step = Step(net.sizes, self.biases, net.activations, loss, taken.rule, job.return_accuracy)
-        numbers = {
-            "position": position,
-            "epoch_rows": job.epoch_rows,
-            "ignore_index": criterion.ignore_index,
-            "label_smoothing": float(criterion.label_smoothing),
-        }
+        loss = criteria.loss_of(criterion, job.targets)
+        if weights is not None or scaled:
+            loss = loss._replace(rows_weighted=weights is not None, scaled=scaled)
+        accuracy, clipped = job.return_accuracy, job.max_grad_norm is not None
+        step = Step(self.net.sizes, self.biases, self.net.activations, loss, taken.rule, accuracy, clipped)
+        numbers = {"position": position, "epoch_rows": job.epoch_rows, **criteria.numbers_of(criterion)}
         losses, accuracies = self.train(step, x, order, taken, numbers)
         self.note_memory(taken)
         torch.autograd.graph.increment_version(self.trained)
@@ -115,6 +115,23 @@ class Chunks(ABC):
 
         Returns their losses and accuracies, [steps] each.
         """
+
+
+def take(optimizer: KernelOptimizer, job: Job, done: int, steps: int) -> tuple[Taken, bool]:
+    """What the steps of a job behind `done` ones need of its optimizer, and whether their losses are scaled.
+
+    They are fewer than `steps` where a function of the caller's raises an error, which `optimizer.finish` raises again.
+    """
+    (scales, error), (decays, other) = series(job.loss_scale, done, steps), series(job.decay_scale, done, steps)
+    if decays is not None and len(decays) < (steps if scales is None else len(scales)):
+        error = other
+    steps = min(len(numbers) for numbers in (scales, decays, range(steps)) if numbers is not None)
+    if not steps and error is not None:
+        raise error
+    taken = optimizer.take(steps, scales and scales[:steps], decays and decays[:steps])
+    if optimizer.error is None:
+        optimizer.error = error
+    return taken, scales is not None
 
 
 def flat(inputs: Tensor) -> Tensor | None:

@@ -154,14 +154,18 @@ bool read_layers(PyObject *step, PyObject *parameters, Step<T> &to) {
     return true;
 }
 
+// The rest of a step; its weights are there.
 template <class T>
-bool read_step(PyObject *step, PyObject *parameters, Int class_weight, Step<T> &to) {
+bool read_step(PyObject *step, PyObject *parameters, Step<T> &to) {
     Held loss, rule;
     if (!loss.get_attribute(step, "loss") || !read_loss(loss, to.loss)) return false;
     if (!rule.get_attribute(step, "rule") || !read_rule(rule, to.rule)) return false;
     if (!read_attribute(step, "accuracy", to.accuracy) || !read_attribute(step, "clipped", to.clipped)) return false;
-    to.class_weight = reinterpret_cast<const T *>(static_cast<uintptr_t>(class_weight));
-    if (to.loss.weighted != (class_weight != 0)) return wrong("the class weights and the loss do not agree");
+    if (to.loss.weighted != (to.class_weight != nullptr)) return wrong("the class weights and the loss do not agree");
+    if (to.loss.positive_weighted != (to.pos_weight != nullptr))
+        return wrong("the weights of positive targets and the loss do not agree");
+    if (to.accuracy && LOSSES[to.loss.name].per_output && to.loss.name != BCE_WITH_LOGITS)
+        return wrong("this loss has no accuracy");
     return read_layers(step, parameters, to);
 }
 

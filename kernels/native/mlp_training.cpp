@@ -34,6 +34,9 @@ namespace {
 // rows, for each 4 of which a tile of the batch is read again: at batch 512 long ones take a fifth longer.
 constexpr Int GRAD_SIZE = 4096, LONG_ROW = 1024, SHORT_ROW = 256, SMALL_BATCH = 32;
 
+// So many rows of a batch are added up in T, and those sums in double: one sum in float of a million rows errs by 1e-2.
+constexpr Int PART_ROWS = 4096;
+
 // What a step hands from one part to the next.
 template <class T, int BYTES>
 struct Buffers {
@@ -45,6 +48,10 @@ struct Buffers {
     Buffer<T> d[2];                              // [outputs, batch], dz of a layer and dh of the one before, by turns
     Buffer<T> db;                                // [outputs]
     alignas(64) T dw[GRAD_SIZE];                 // a part of dW
+    alignas(64) double dw_sums[GRAD_SIZE];       // the same, of the rows so far of a large batch
+    std::optional<Buffer<T>> grads;              // of all parameters, if their norm is clipped
+    T *grad[2 * MOST_LAYERS] = {};               // there, where that of each parameter is to lie, or null
+    Int parameters = 0;                          // the numbers of all of them
 
     Buffers(const Step<T> &step, Int batch, Int widest)
         : stride_b(padded_row<T, BYTES>(batch)), x_t(step.layer[0].inputs, stride_b), h(widest, stride_b),
@@ -53,6 +60,14 @@ struct Buffers {
             strides[l] = padded<T, BYTES>(step.layer[l].inputs);
             given[l].emplace(batch, strides[l]);
             kept[l].emplace(step.layer[l].outputs, stride_b);
+            parameters += step.layer[l].outputs * (step.layer[l].inputs + (step.layer[l].b.weight != nullptr));
+        }
+        if (!step.clipped) return;
+        grads.emplace(1, parameters);
+        T *next = *grads;
+        for (Int l = 0; l < step.layers; ++l) {
+            grad[2 * l] = next, grad[2 * l + 1] = next + step.layer[l].outputs * step.layer[l].inputs;
+            next = grad[2 * l + 1] + (step.layer[l].b.weight ? step.layer[l].outputs : 0);
         }
     }
 };
@@ -97,53 +112,78 @@ INLINE void forward(const Step<T> &step, Buffers<T, BYTES> &to, Int size) {
     }
 }
 
-// Step on n numbers of a parameter from `offset` on, whose gradient is g.
+// Step on n numbers of a parameter from `offset` on, whose gradient is g; or put that into its `grad`, if it has one.
 template <class T>
-INLINE void step_on(const Parameter<T> &p, Int offset, T *g, Int n, const T *row, Rule rule) {
+INLINE void step_on(const Parameter<T> &p, Int offset, T *g, Int n, const T *row, Rule rule, T *grad) {
+    if (grad) return void(std::copy_n(g, n, grad + offset));
     T *first = p.first ? p.first + offset : nullptr, *second = p.second ? p.second + offset : nullptr;
     update(p.weight + offset, first, second, g, n, row, rule);
+}
+
+// of.dw [rows, columns] = dz a of dz [rows, batch] and a [batch, columns].
+template <class T, int BYTES>
+INLINE void product_of_batch(
+    Buffers<T, BYTES> &of, Int stride, const T *dz, const T *a, Int stride_a, Int rows, Int columns, Int size
+) {
+    for (Int k = 0; k == 0 || k < size; k += PART_ROWS) {
+        const Int part = std::min(PART_ROWS, size - k);
+        product<T, BYTES>(of.dw, stride, dz + k, of.stride_b, 1, a + k * stride_a, stride_a, rows, columns, part, false);
+        for (Int r = 0; size > PART_ROWS && r < rows; ++r)
+            for (Int i = r * stride; i < r * stride + columns; ++i) {
+                of.dw_sums[i] = (k > 0 ? of.dw_sums[i] : 0) + of.dw[i];
+                of.dw[i] = T(of.dw_sums[i]);
+            }
+    }
 }
 
 // Step on W with dW = dzᵀ a of dz [M, batch] and a [batch, N], a part at a time.
 template <class T, int BYTES>
 INLINE void step_on_weight(
-    const Parameter<T> &w, const T *row, Rule rule, const T *dz, Int stride_b, const T *a, Int stride_a, T *dw,
-    Int M, Int N, Int size
+    const Parameter<T> &w, const T *row, Rule rule, const T *dz, const T *a, Int stride_a, Buffers<T, BYTES> &of,
+    Int M, Int N, Int size, T *grad
 ) {
+    T *const dw = of.dw;
     const Int longest = size <= SMALL_BATCH ? LONG_ROW : SHORT_ROW;
     const Int stride = std::min(longest, whole<T, BYTES>(N)), most = GRAD_SIZE / stride;
     for (Int m = 0; m < M; m += most)
         for (Int n = 0; n < N; n += stride) {
             const Int rows = std::min(most, M - m), columns = std::min(stride, N - n);
-            product<T, BYTES>(dw, stride, dz + m * stride_b, stride_b, 1, a + n, stride_a, rows, columns, size, false);
+            product_of_batch<T, BYTES>(of, stride, dz + m * of.stride_b, a + n, stride_a, rows, columns, size);
             if (columns == N) {  // whole rows: without gaps they are one piece of W
                 for (Int r = 1; r < rows && stride != N; ++r) std::copy_n(dw + r * stride, N, dw + r * N);
-                step_on(w, m * N, dw, rows * N, row, rule);
+                step_on(w, m * N, dw, rows * N, row, rule, grad);
             } else {
-                for (Int r = 0; r < rows; ++r) step_on(w, (m + r) * N + n, dw + r * stride, columns, row, rule);
+                for (Int r = 0; r < rows; ++r) step_on(w, (m + r) * N + n, dw + r * stride, columns, row, rule, grad);
             }
         }
 }
 
-// Step on b with db = Σ dz of dz [M, batch]. Each of 8 lanes adds up every eighth row of the batch, since an addition
-// waits for the one before it.
+// The sum of n numbers. Each of 8 lanes adds up every eighth, since an addition waits for the one before it.
+template <class T>
+INLINE T sum_of(const T *x, Int n) {
+    T sums[8] = {};
+    Int i = 0;
+    for (; i + 8 <= n; i += 8)
+        for (int lane = 0; lane < 8; ++lane) sums[lane] += x[i + lane];
+    for (; i < n; ++i) sums[i % 8] += x[i];
+    return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+}
+
+// Step on b with db = Σ dz of dz [M, batch].
 template <class T>
 INLINE void step_on_bias(
-    const Parameter<T> &b, const T *row, Rule rule, const T *dz, Int stride_b, T *db, Int M, Int size
+    const Parameter<T> &b, const T *row, Rule rule, const T *dz, Int stride_b, T *db, Int M, Int size, T *grad
 ) {
     if (!b.weight) return;
     for (Int m = 0; m < M; ++m, dz += stride_b) {
-        T sums[8] = {};
-        Int i = 0;
-        for (; i + 8 <= size; i += 8)
-            for (int lane = 0; lane < 8; ++lane) sums[lane] += dz[i + lane];
-        for (; i < size; ++i) sums[i % 8] += dz[i];
-        db[m] = ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+        double sum = 0;
+        for (Int k = 0; k < size; k += PART_ROWS) sum += sum_of(dz + k, std::min(PART_ROWS, size - k));
+        db[m] = T(sum);
     }
-    step_on(b, 0, db, M, row, rule);
+    step_on(b, 0, db, M, row, rule, grad);
 }
 
-// The steps on all layers, from dy in of.d[0]. `row` is the first of the step's rows of the table.
+// The steps on all layers, from dy in of.d[0], or their gradients. `row` is the first of the step's rows of the table.
 template <class T, int BYTES>
 INLINE void backward(const Step<T> &step, const T *row, Buffers<T, BYTES> &of, Int size) {
     T *d = of.d[0], *d_before = of.d[1];
@@ -154,9 +194,34 @@ INLINE void backward(const Step<T> &step, const T *row, Buffers<T, BYTES> &of, I
         if (l > 0)  // before the step on W
             product_of_rows<T, BYTES>(d_before, layer.w.weight, 1, N, d, stride_b, N, size, M, false);
         const T *row_w = row + 2 * l * ROW, *row_b = row_w + ROW, *a = *of.given[l];
-        step_on_weight<T, BYTES>(layer.w, row_w, step.rule, d, stride_b, a, of.strides[l], of.dw, M, N, size);
-        step_on_bias<T>(layer.b, row_b, step.rule, d, stride_b, of.db, M, size);
+        step_on_weight<T, BYTES>(layer.w, row_w, step.rule, d, a, of.strides[l], of, M, N, size, of.grad[2 * l]);
+        step_on_bias<T>(layer.b, row_b, step.rule, d, stride_b, of.db, M, size, of.grad[2 * l + 1]);
         std::swap(d, d_before);
+    }
+}
+
+// By what n gradients are multiplied, so that their norm is at most `most`: torch.nn.utils.clip_grad_norm_. NaN stays.
+template <class T>
+INLINE T clipping_of(const T *grads, Int n, T most) {
+    double squares[8] = {};
+    for (Int i = 0; i + 8 <= n; i += 8)
+        for (int lane = 0; lane < 8; ++lane) squares[lane] += double(grads[i + lane]) * grads[i + lane];
+    for (Int i = n / 8 * 8; i < n; ++i) squares[i % 8] += double(grads[i]) * grads[i];
+    const double factor = most / (std::sqrt(sum_of(squares, 8)) + 1e-6);
+    return factor > 1 ? T(1) : T(factor);
+}
+
+// The steps on all layers, by gradients that backward has left.
+template <class T, int BYTES>
+INLINE void step_clipped(const Step<T> &step, const T *row, Buffers<T, BYTES> &of) {
+    T *const grads = *of.grads;
+    const T factor = clipping_of<T>(grads, of.parameters, row[MAX_NORM]);
+    for (Int i = 0; i < of.parameters; ++i) grads[i] *= factor;
+    for (Int p = 0; p < 2 * step.layers; ++p) {
+        const Layer<T> &layer = step.layer[p / 2];
+        const Int n = p % 2 ? layer.outputs : layer.outputs * layer.inputs;
+        const Parameter<T> &parameter = p % 2 ? layer.b : layer.w;
+        if (parameter.weight) step_on<T>(parameter, 0, of.grad[p], n, row + p * ROW, step.rule, nullptr);
     }
 }
 
@@ -168,10 +233,9 @@ INLINE void mlp_training(const Step<T> &step, const Job<T> &job) {
     job.each_step([&](Int s, const Int *rows, Int size) INLINED {
         gather<T, BYTES>(step, job, rows, *buffers, size);
         forward<T, BYTES>(step, *buffers, size);
-        const Sums<T> sums = cross_entropy<T, BYTES>(step, job, rows, buffers->d[0], buffers->stride_b, size);
-        job.losses[s] = step.loss.mean ? sums.loss / sums.weight : sums.loss;
-        if (step.accuracy) job.accuracies[s] = sums.right / sums.counted;
-        backward<T, BYTES>(step, job.table + s * 2 * step.layers * ROW, *buffers, size);
+        batch_loss<T, BYTES>(step, job, s, rows, buffers->d[0], buffers->stride_b, size);
+        backward<T, BYTES>(step, job.row(step, s), *buffers, size);
+        if (step.clipped) step_clipped<T, BYTES>(step, job.row(step, s), *buffers);
         return true;
     });
 }

@@ -63,23 +63,26 @@ void discard(PyObject *capsule) {
 }
 
 PyObject *prepare(PyObject *, PyObject *const *args, Py_ssize_t positional, PyObject *names) {
-    enum { MACHINE, IS_DOUBLE, STEP, PARAMETERS, CLASS_WEIGHT, COUNT };
+    enum { MACHINE, IS_DOUBLE, STEP, PARAMETERS, CLASS_WEIGHT, POS_WEIGHT, COUNT };
     static Keyword keywords[COUNT] = {
         {"machine", nullptr}, {"is_double", nullptr}, {"step", nullptr}, {"parameters", nullptr},
-        {"class_weight", nullptr},
+        {"class_weight", nullptr}, {"pos_weight", nullptr},
     };
     PyObject *given[COUNT];
-    Int machine, class_weight;
+    Int machine;
     bool is_double;
     if (!read_keywords(keywords, args, positional, names, given) || !read(given[MACHINE], machine) ||
-        !read(given[IS_DOUBLE], is_double) || !read(given[CLASS_WEIGHT], class_weight))
+        !read(given[IS_DOUBLE], is_double))
         return nullptr;
     if (!runs_on(machine))
         return PyErr_Format(PyExc_ValueError, "machine %lld is another one than this", static_cast<long long>(machine));
     Prepared *const made = new (std::nothrow) Prepared{machine, {}};
     if (!made) return PyErr_NoMemory();
     if (is_double) made->step = Step<double>{};
-    const auto is_read = [&](auto &step) { return read_step(given[STEP], given[PARAMETERS], class_weight, step); };
+    const auto is_read = [&](auto &step) {
+        return read(given[CLASS_WEIGHT], step.class_weight) && read(given[POS_WEIGHT], step.pos_weight) &&
+               read_step(given[STEP], given[PARAMETERS], step);
+    };
     PyObject *const capsule = std::visit(is_read, made->step) ? PyCapsule_New(made, PREPARED, discard) : nullptr;
     if (!capsule) delete made;
     return capsule;
@@ -91,7 +94,7 @@ bool finds_bad_label(const Job<T> &job, Int classes, Int &bad) {
     bool found = false;
     job.each_step([&](Int, const Int *rows, Int size) {
         for (Int b = 0; b < size && !found; ++b) {
-            bad = job.targets[rows[b] * job.stride_t];
+            bad = job.label(rows[b]);
             found = is_bad(bad, classes, job.ignore_index);
         }
         return !found;
@@ -104,16 +107,19 @@ PyObject *train_steps(Int machine, const Step<T> &step, PyObject *const *given) 
     Job<T> job;
     PyObject *const *next = given;
     if (!read(*next++, job.x) || !read(*next++, job.stride_xm) || !read(*next++, job.stride_xi) ||
-        !read(*next++, job.targets) || !read(*next++, job.stride_t) || !read(*next++, job.order) ||
+        !read(*next++, job.targets) || !read(*next++, job.stride_tm) || !read(*next++, job.stride_to) ||
+        !read(*next++, job.sample_weight) || !read(*next++, job.stride_w) || !read(*next++, job.order) ||
         !read(*next++, job.table) || !read(*next++, job.losses) || !read(*next++, job.accuracies) ||
         !read(*next++, job.batch) || !read(*next++, job.epoch_rows) || !read(*next++, job.position) ||
         !read(*next++, job.steps) || !read(*next++, job.ignore_index) || !read(*next++, job.label_smoothing))
         return nullptr;
     if (step.accuracy && job.steps > 0 && !job.accuracies) return wrong("there is no place for accuracies"), nullptr;
+    if (step.loss.rows_weighted && job.steps > 0 && !job.sample_weight)
+        return wrong("there are no weights of the rows"), nullptr;
     bool has_memory = true, is_bad = false;
     Int bad = 0;
     Py_BEGIN_ALLOW_THREADS
-    is_bad = finds_bad_label(job, step.layer[step.layers - 1].outputs, bad);
+    is_bad = LOSSES[step.loss.name].labels && finds_bad_label(job, step.layer[step.layers - 1].outputs, bad);
     if (!is_bad) try {
             train(machine, step, job);
         } catch (const std::bad_alloc &) {  // before the first step
@@ -128,10 +134,10 @@ PyObject *train_steps(Int machine, const Step<T> &step, PyObject *const *given) 
 // train(prepared, *, ...): the members of Job.
 PyObject *train_prepared(PyObject *, PyObject *const *args, Py_ssize_t positional, PyObject *names) {
     static Keyword keywords[] = {  // as train_steps reads them
-        {"x", nullptr}, {"stride_xm", nullptr}, {"stride_xi", nullptr}, {"targets", nullptr}, {"stride_t", nullptr},
-        {"order", nullptr}, {"table", nullptr}, {"losses", nullptr}, {"accuracies", nullptr}, {"batch", nullptr},
-        {"epoch_rows", nullptr}, {"position", nullptr}, {"steps", nullptr}, {"ignore_index", nullptr},
-        {"label_smoothing", nullptr},
+        {"x", nullptr}, {"stride_xm", nullptr}, {"stride_xi", nullptr}, {"targets", nullptr}, {"stride_tm", nullptr},
+        {"stride_to", nullptr}, {"sample_weight", nullptr}, {"stride_w", nullptr}, {"order", nullptr},
+        {"table", nullptr}, {"losses", nullptr}, {"accuracies", nullptr}, {"batch", nullptr}, {"epoch_rows", nullptr},
+        {"position", nullptr}, {"steps", nullptr}, {"ignore_index", nullptr}, {"label_smoothing", nullptr},
     };
     PyObject *given[std::size(keywords)];
     if (positional != 1) return PyErr_Format(PyExc_TypeError, "expected what prepare returns, and keyword arguments");
@@ -207,17 +213,18 @@ PyCFunction with_keywords(Function function) {
 }
 constexpr int KEYWORDS = METH_FASTCALL | METH_KEYWORDS;
 
-const char *const PREPARE = R"(prepare(*, machine, is_double, step, parameters, class_weight): what train takes.
+const char *const PREPARE = R"(prepare(*, machine, is_double, step, parameters, class_weight, pos_weight): what train takes.
 
 `step` is a Step of kernels/step.py. `parameters` has an object for W1, b1, W2, b2, ..., or None for a missing bias,
 with the addresses `weight`, `first`, `second` and `count`, 0 for none, and whether the count is a `double_count`.
-`class_weight` is an address, or 0. Raises ValueError for a name that is unknown and for sizes that make no sense.)";
+`class_weight` and `pos_weight` are addresses, or 0. Raises ValueError for a name that is unknown and for sizes that
+make no sense.)";
 
 const char *const TRAIN = R"(train(prepared, *, ...): make steps.
 
-The keywords are x, stride_xm, stride_xi, targets, stride_t, order, table, losses, accuracies, batch, epoch_rows,
-position, steps, ignore_index, label_smoothing: addresses and numbers, those of Job in kernels/native/step.h. Raises
-IndexError for a label out of range, and MemoryError, before the first step.)";
+The keywords are x, stride_xm, stride_xi, targets, stride_tm, stride_to, sample_weight, stride_w, order, table, losses,
+accuracies, batch, epoch_rows, position, steps, ignore_index, label_smoothing: addresses and numbers, those of Job in
+kernels/native/step.h. Raises IndexError for a label out of range, and MemoryError, before the first step.)";
 
 const char *const BAD_LABEL = R"(bad_label(*, targets, stride, size, classes, ignore_index): the first that is wrong.
 

@@ -96,7 +96,8 @@ struct Step {
     Loss loss;
     Rule rule;
     bool accuracy, clipped;
-    const T *class_weight;  // [classes], or null
+    const T *class_weight;  // [outputs], or null
+    const T *pos_weight;    // the same, of positive targets
 };
 
 // So many steps, the first one `position` rows into an epoch.
@@ -104,13 +105,18 @@ template <class T>
 struct Job {
     const T *x;            // [rows, inputs], any strides
     Int stride_xm, stride_xi;
-    const Int *targets;    // [rows], any stride
-    Int stride_t;
+    const void *targets;   // [rows] of Int, or [rows, outputs] of T, as the loss has them, any strides
+    Int stride_tm, stride_to;
+    const T *sample_weight;  // [rows], any stride; or null
+    Int stride_w;
     const Int *order;      // the rows of the steps, one after the other
     const T *table;        // [steps, 2 * layers, ROW]
     T *losses, *accuracies;  // [steps]; the second or null
     Int batch, epoch_rows, position, steps, ignore_index;
     double label_smoothing;
+
+    Int label(Int row) const { return static_cast<const Int *>(targets)[row * stride_tm]; }
+    const T *row(const Step<T> &step, Int s) const { return table + s * 2 * step.layers * ROW; }  // the first of step s
 
     // Call `use(step, rows, size)` for each step until it answers false.
     template <class Use>

@@ -78,6 +78,9 @@ class Net:
         self.x = torch.full((2 * rows, 2 * sizes[0]), math.nan, dtype=dtype)[::2, 1::2]
         self.x.copy_(random(rows, sizes[0]))
         self.targets = torch.randint(0, sizes[-1], (rows, 3), generator=generator)[:, 1]
+        if not names.LOSSES[self.step.loss.name].labels:
+            self.targets = torch.full((sizes[-1], 2 * rows), math.nan, dtype=dtype).T[1::2]
+            self.targets.copy_(random(rows, sizes[-1]))
         self.order = torch.randperm(rows, generator=generator)
         self.w: list[Tensor | None] = []
         for inputs, outputs, bias in zip(sizes, sizes[1:], biases, strict=False):
@@ -85,6 +88,8 @@ class Net:
         self.m, self.v = ([None if p is None else random(*p.shape).abs() for p in self.w] for _ in range(2))
         self.counts = [torch.zeros((), dtype=[torch.float32, torch.float64][i % 2]) for i in range(len(self.w))]
         self.class_weight: Tensor | None = None
+        self.pos_weight: Tensor | None = None
+        self.sample_weight: Tensor | None = None
 
     def there(self, of: Sequence[Tensor | None] | None = None) -> list[Tensor]:
         """The parameters, or others of each, that there are."""
@@ -113,7 +118,7 @@ class Net:
     def prepare(self, machine: str) -> Any:
         return native.prepare(
             machine=MACHINES[machine], is_double=self.x.dtype == torch.float64, step=self.step,
-            parameters=self.parameters(), class_weight=address(self.class_weight),
+            parameters=self.parameters(), class_weight=address(self.class_weight), pos_weight=address(self.pos_weight),
         )  # fmt: skip
 
     def train(self, machine: str, table: Tensor, batch: int = 33, **more: Any) -> tuple[Tensor, Tensor]:
@@ -122,7 +127,9 @@ class Net:
         prepared = more.pop("prepared", None) or self.prepare(machine)
         given = {
             "x": address(self.x), "stride_xm": self.x.stride(0), "stride_xi": self.x.stride(1),
-            "targets": address(self.targets), "stride_t": self.targets.stride(0), "order": address(self.order),
+            "targets": address(self.targets), "stride_tm": self.targets.stride(0), "stride_to": self.targets.stride(-1),
+            "sample_weight": address(self.sample_weight), "order": address(self.order),
+            "stride_w": 0 if self.sample_weight is None else self.sample_weight.stride(0),
             "table": address(table), "losses": address(losses), "accuracies": address(accuracies), "batch": batch,
             "epoch_rows": len(self.x), "position": 0, "steps": len(table), "ignore_index": -100, "label_smoothing": 0.0,
         }  # fmt: skip
@@ -635,26 +642,27 @@ def test_calls_that_make_no_sense_raise() -> None:
     net = Net((37, 40, 10), ["relu", "identity"])
     prepared = net.prepare("plain")
     given = {"machine": 0, "is_double": True, "step": net.step, "parameters": net.parameters(), "class_weight": 0}
+    given["pos_weight"] = 0
     assert native.prepare(**dict(reversed(given.items()))) is not None  # in any order
     for wrong in (99, -1):
         with pytest.raises(ValueError, match=f"machine {wrong} is another one"):
             native.prepare(**given | {"machine": wrong})
-    with pytest.raises(TypeError, match="5 keyword arguments alone"):
+    with pytest.raises(TypeError, match="6 keyword arguments alone"):
         native.prepare(**given | {"more": 1})
-    with pytest.raises(TypeError, match="5 keyword arguments alone"):
-        native.prepare(0, True, net.step, net.parameters(), 0)
-    with pytest.raises(TypeError, match="5 keyword arguments alone"):
+    with pytest.raises(TypeError, match="6 keyword arguments alone"):
+        native.prepare(0, True, net.step, net.parameters(), 0, 0)
+    with pytest.raises(TypeError, match="6 keyword arguments alone"):
         native.prepare(0, **given)
     with pytest.raises(ValueError, match="not as many as the layers"):
         native.prepare(**given | {"parameters": [*net.parameters(), None]})
-    with pytest.raises(TypeError, match="15 keyword arguments alone"):
+    with pytest.raises(TypeError, match="18 keyword arguments alone"):
         native.train(prepared)
     with pytest.raises(TypeError, match="what prepare returns"):
         native.train()
     with pytest.raises(ValueError, match="PyCapsule"):
         native.train(None)
     with pytest.raises(TypeError, match="no keyword argument 'a'"):
-        native.train(prepared, **dict.fromkeys("abcdefghijklmno", 0))
+        native.train(prepared, **dict.fromkeys("abcdefghijklmnopqr", 0))
     with pytest.raises(AttributeError, match="loss"):
         native.prepare(**given | {"step": net.step.activations[0]})
     with pytest.raises(TypeError):

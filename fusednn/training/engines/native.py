@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ...dispatch import native, without_memory
-from ...kernels.step import Step
+from ...kernels.step import LOSSES, Step
+from ..criteria import loss_of, weights_of
 from ..job import Job
 from ..net import Net
 from ..tables import Taken
@@ -78,7 +79,9 @@ class Native(Chunks):
         return None
 
     def check_labels(self, job: Job) -> None:
-        """Raise IndexError for a label out of range."""
+        """Raise IndexError for a label out of range, where the targets are labels."""
+        if not LOSSES[loss_of(job.criterion).name].labels:
+            return
         labels = job.targets.long()
         if (refusal := without_memory(labels)) is not None:
             raise RuntimeError(f"targets: {refusal}")
@@ -95,11 +98,18 @@ class Native(Chunks):
         """One call. Raises IndexError for a label out of range before the first of the steps."""
         job = self.job
         # whatever another thread makes of the tensors meanwhile: these keep what they are now, and its memory
-        x, targets = x.detach(), job.targets.long().detach()
+        x, targets = x.detach(), job.targets.detach()
         if not x.is_cpu or not targets.is_cpu:
             raise RuntimeError(f"the inputs came to {x.device}, and the targets to {targets.device}")
         if x.shape[1] != step.sizes[0]:
             raise RuntimeError(f"the inputs are {list(x.shape)}, and the net is {self.net}")
+        if LOSSES[step.loss.name].labels:
+            targets = targets.long()
+        else:
+            _check_rows("targets", targets, x, step.sizes[-1:])
+        sample_weight = None if job.sample_weight is None else job.sample_weight.detach()
+        if sample_weight is not None:
+            _check_rows("sample_weight", sample_weight, x, ())
         losses = x.new_empty(taken.steps)
         accuracies = x.new_empty(taken.steps) if step.accuracy else None
         held = self._held_of(step, taken)
@@ -110,7 +120,10 @@ class Native(Chunks):
             stride_xm=x.stride(0),
             stride_xi=x.stride(1),
             targets=targets.data_ptr() if self.has_checked else _begin("targets", targets),
-            stride_t=targets.stride(0),
+            stride_tm=targets.stride(0),
+            stride_to=targets.stride(1) if targets.dim() > 1 else 0,
+            sample_weight=0 if sample_weight is None else _begin("sample_weight", sample_weight),
+            stride_w=0 if sample_weight is None else sample_weight.stride(0),
             order=order.data_ptr(),
             table=table.data_ptr() if isinstance(table, Tensor) else table.buffer_info()[0],
             losses=losses.data_ptr(),
@@ -130,9 +143,9 @@ class Native(Chunks):
         return self.held is not None and self.held.memory == self.held.memory_now()
 
     def _held_of(self, step: Step, taken: Taken) -> "_Held":
-        """Parameters, state and class weights, where they lie now."""
+        """Parameters, state and the weights of the criterion, where they lie now."""
         job = self.job
-        tensors = (job.criterion.weight, *self.net.places, *taken.firsts, *taken.seconds, *taken.counts)
+        tensors = (*weights_of(job.criterion), *self.net.places, *taken.firsts, *taken.seconds, *taken.counts)
         held, trusts, self.trusts = self.held, self.trusts, False
         same = held is not None and all(map(operator.is_, tensors, held.tensors))  # a state may have been made anew
         if (
@@ -163,12 +176,13 @@ class _Held:
     """
 
     def __init__(self, tensors: tuple[Tensor | None, ...], step: Step, machine: str, dtype: torch.dtype) -> None:
-        """`tensors` are the class weights, parameters, their first and second state, and their counts of steps.
+        """`tensors` are the weights of classes and of positive targets, parameters, their first and second state, and
+        their counts of steps.
 
         Raises RuntimeError unless all that the rule needs are there, of the right shape, dtype and memory.
         """
         self.tensors, self.key = tensors, (step, machine, dtype)
-        class_weight, *kept = [None if tensor is None else tensor.detach() for tensor in tensors]  # as they are now
+        class_weight, pos_weight, *kept = [None if tensor is None else tensor.detach() for tensor in tensors]  # as they are now
         parameters: list[_Parameter | None] = []
         for i, (w, m, v, count) in enumerate(zip(*_quarters(kept), strict=True)):
             shape = (step.sizes[i // 2 + 1], step.sizes[i // 2])[: 2 - i % 2]
@@ -183,10 +197,11 @@ class _Held:
         self.prepared = native.prepare(
             machine=MACHINES[machine], is_double=dtype == torch.float64, step=step, parameters=parameters,
             class_weight=_address("class weight", class_weight, dtype, step.sizes[-1:]),
+            pos_weight=_address("weight of positive targets", pos_weight, dtype, step.sizes[-1:]),
         )  # fmt: skip
-        self.storages = [tensor.untyped_storage() for tensor in (class_weight, *kept) if tensor is not None]
+        self.storages = [tensor.untyped_storage() for tensor in (class_weight, pos_weight, *kept) if tensor is not None]
         self.lists = _lists(*tensors)
-        self.memory = self._memory(*_lists(class_weight, *kept))
+        self.memory = self._memory(*_lists(class_weight, pos_weight, *kept))
 
     def memory_now(self) -> tuple[list[Any], ...]:
         """Where the tensors lie, and how many bytes their storages have."""
@@ -203,10 +218,12 @@ def _quarters(tensors: Sequence[Tensor | None]) -> tuple[Sequence[Tensor | None]
     return tuple(tensors[i : i + size] for i in range(0, 4 * size, size))
 
 
-def _lists(class_weight: Tensor | None, *tensors: Tensor | None) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def _lists(
+    class_weight: Tensor | None, pos_weight: Tensor | None, *tensors: Tensor | None
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Parameters, their state, and the rest of a _Held's tensors, as far as they are there."""
     parameters, firsts, seconds, counts = _quarters(tensors)
-    parts = parameters, (*firsts, *seconds), (class_weight, *counts)
+    parts = parameters, (*firsts, *seconds), (class_weight, pos_weight, *counts)
     found, states, rest = ([tensor for tensor in part if tensor is not None] for part in parts)
     return found, states, rest
 
@@ -221,6 +238,13 @@ def _address(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[
         found = f"{tensor.dtype}, {list(tensor.shape)}, {tensor.device}"
         raise RuntimeError(f"a {name} is no longer {dtype}, {list(shape)} and contiguous on the CPU, but {found}")
     return _begin(name, tensor)
+
+
+def _check_rows(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise RuntimeError unless `tensor` has numbers of this shape for each row of `x`, as x has them."""
+    if tensor.dtype != x.dtype or tensor.shape != (len(x), *shape) or not tensor.is_cpu:
+        wanted, found = f"{x.dtype}, {[len(x), *shape]}", f"{tensor.dtype}, {list(tensor.shape)}, {tensor.device}"
+        raise RuntimeError(f"{name} are no longer {wanted} on the CPU, but {found}")
 
 
 def _begin(name: str, tensor: Tensor) -> int:

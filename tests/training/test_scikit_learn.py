@@ -1,7 +1,7 @@
 """scikit-learn's MLPs, step by step from equal weights: its losses and its weight decay are scales of PyTorch's.
 
 With O outputs its regressor has the gradient of half the squared error summed over the outputs, that is O / 2 times
-nn.MSELoss; its classifier that of the binary log loss summed over the outputs, O times nn.BCEWithLogitsLoss, or
+nn.MSELoss, or O times nn.PoissonNLLLoss; its classifier that of the binary log loss summed over the outputs, O times nn.BCEWithLogitsLoss, or
 nn.CrossEntropyLoss. Its penalty is alpha / 2 times the squares of the weights, biases apart, divided by the rows of the
 batch, or by the sum of their weights; so a ragged batch decays more.
 """
@@ -23,7 +23,8 @@ from fusednn import train_steps
 from .runs import one_call
 
 ROWS, BATCH, ALPHA, RATE, EPOCHS = 50, 16, 0.3, 0.05, 3
-SIZES = {"regressor": 3, "one output": 1, "labels at once": 4, "classes": 3, "two classes": 1}
+SIZES = {"regressor": 3, "one output": 1, "counts": 2, "labels at once": 4, "classes": 3, "two classes": 1}
+REGRESSORS = ("regressor", "one output", "counts")
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "logistic": nn.Sigmoid}
 
 
@@ -31,7 +32,9 @@ def problem(kind: str) -> tuple[np.ndarray, np.ndarray]:
     """Rows and what scikit-learn is to learn of them."""
     rng = np.random.default_rng(0)
     x, outputs = rng.normal(size=(ROWS, 6)), SIZES[kind]
-    if kind in ("regressor", "one output"):
+    if kind == "counts":
+        return x, rng.poisson(2.0, size=(ROWS, outputs)).astype(float)
+    if kind in REGRESSORS:
         return x, rng.normal(size=(ROWS, outputs))
     if kind == "labels at once":
         return x, (rng.random((ROWS, outputs)) < 0.5).astype(int)
@@ -55,10 +58,11 @@ def net_of(estimator: Any, device: str) -> nn.Sequential:
 def test_step_by_step(kind: str, activation: str, weighted: bool, device: str) -> None:
     x, y = problem(kind)
     weights = np.random.default_rng(1).random(ROWS) if weighted else None
-    make = MLPRegressor if kind in ("regressor", "one output") else MLPClassifier
+    make = MLPRegressor if kind in REGRESSORS else MLPClassifier
+    loss = {"loss": "poisson" if kind == "counts" else "squared_error"} if make is MLPRegressor else {}
     estimator = make(
-        (8, 7), activation=activation, solver="sgd", alpha=ALPHA, batch_size=BATCH, learning_rate_init=RATE,
-        momentum=0.9, nesterovs_momentum=True, shuffle=False, random_state=0, max_iter=1,
+        hidden_layer_sizes=(8, 7), activation=activation, solver="sgd", alpha=ALPHA, batch_size=BATCH, learning_rate_init=RATE,
+        momentum=0.9, nesterovs_momentum=True, shuffle=False, random_state=0, max_iter=1, **loss,
     )  # fmt: skip
     more = {} if make is MLPRegressor else {"classes": np.unique(y) if y.ndim == 1 else np.arange(SIZES[kind])}
     given = y.ravel() if kind == "one output" else y
@@ -73,6 +77,7 @@ def test_step_by_step(kind: str, activation: str, weighted: bool, device: str) -
     outputs, dtype = SIZES[kind], torch.float64
     criterion, scale = {
         "regressor": (nn.MSELoss(), outputs / 2), "one output": (nn.MSELoss(), 0.5),
+        "counts": (nn.PoissonNLLLoss(), outputs),
         "labels at once": (nn.BCEWithLogitsLoss(), outputs), "two classes": (nn.BCEWithLogitsLoss(), 1.0),
         "classes": (nn.CrossEntropyLoss(), 1.0),
     }[kind]  # fmt: skip

@@ -80,7 +80,7 @@ class Native(Chunks):
 
     def check_labels(self, job: Job) -> None:
         """Raise IndexError for a label out of range, where the targets are labels."""
-        if not LOSSES[loss_of(job.criterion).name].labels:
+        if not LOSSES[loss_of(job.criterion, job.targets).name].labels:
             return
         labels = job.targets.long()
         if (refusal := without_memory(labels)) is not None:

@@ -1,9 +1,9 @@
 """scikit-learn's MLPs, step by step from equal weights: its losses and its weight decay are scales of PyTorch's.
 
 With O outputs its regressor has the gradient of half the squared error summed over the outputs, that is O / 2 times
-nn.MSELoss, or O times nn.PoissonNLLLoss; its classifier that of the binary log loss summed over the outputs, O times nn.BCEWithLogitsLoss, or
-nn.CrossEntropyLoss. Its penalty is alpha / 2 times the squares of the weights, biases apart, divided by the rows of the
-batch, or by the sum of their weights; so a ragged batch decays more.
+nn.MSELoss, or O times nn.PoissonNLLLoss; its classifier that of the binary log loss summed over the outputs, O times
+nn.BCEWithLogitsLoss, or nn.CrossEntropyLoss. Its penalty is alpha / 2 times the squares of the weights, biases apart,
+divided by the rows of the batch, or by the sum of their weights; so a ragged batch decays more.
 """
 
 import warnings
@@ -61,8 +61,8 @@ def test_step_by_step(kind: str, activation: str, weighted: bool, device: str) -
     make = MLPRegressor if kind in REGRESSORS else MLPClassifier
     loss = {"loss": "poisson" if kind == "counts" else "squared_error"} if make is MLPRegressor else {}
     estimator = make(
-        hidden_layer_sizes=(8, 7), activation=activation, solver="sgd", alpha=ALPHA, batch_size=BATCH, learning_rate_init=RATE,
-        momentum=0.9, nesterovs_momentum=True, shuffle=False, random_state=0, max_iter=1, **loss,
+        hidden_layer_sizes=(8, 7), activation=activation, solver="sgd", alpha=ALPHA, batch_size=BATCH,
+        learning_rate_init=RATE, momentum=0.9, nesterovs_momentum=True, shuffle=False, random_state=0, max_iter=1, **loss,
     )  # fmt: skip
     more = {} if make is MLPRegressor else {"classes": np.unique(y) if y.ndim == 1 else np.arange(SIZES[kind])}
     given = y.ravel() if kind == "one output" else y

@@ -2,6 +2,8 @@
 
     a step        of four nets by the native engine, the eager loop with Adam and fused Adam, a whole step under
                   torch.compile (gather, forward, loss, backward and Adam, in one graph), and MLPClassifier
+    losses        a step of a probe of 1,000 classes, of a regression, of a binary classifier, and with clipping beside
+                  one without, by the native engine and by the eager loops
     growth        of a step with the batch, the width and the depth, beside the eager loop
     crossover     wider nets and larger batches: from where on the loop, on one thread and on two, is quicker
 
@@ -63,13 +65,20 @@ TURNS = 15
 class Data:
     """The same net and data for each."""
 
-    def __init__(self, sizes: tuple[int, ...], batch: int, activation: str = "relu", rows: int = ROWS) -> None:
+    def __init__(
+        self, sizes: tuple[int, ...], batch: int, activation: str = "relu", rows: int = ROWS,
+        criterion: type[nn.Module] = nn.CrossEntropyLoss, **options: Any,
+    ) -> None:  # fmt: skip
+        """`options` are those of train_steps."""
         torch.manual_seed(0)
+        self.options = {"criterion": criterion(), **options}
         self.batch, self.sizes, self.activation = batch, sizes, activation
         behind = {"relu": nn.ReLU, "tanh": nn.Tanh}[activation]
         layers = [layer for shape in pairwise(sizes) for layer in (nn.Linear(*shape), behind())]
         self.model = nn.Sequential(*layers[:-1])
         self.x, self.targets = torch.randn(rows, sizes[0]), torch.randint(sizes[-1], (rows,))
+        if criterion is not nn.CrossEntropyLoss:
+            self.targets = torch.randint(2, (rows, sizes[-1])).float()
 
     def adam(self, **options: Any) -> torch.optim.Optimizer:
         """The textbook's."""
@@ -78,7 +87,8 @@ class Data:
     def loop(self, train: Callable[..., Any] = reference.train_steps, **options: Any) -> Callable[[int], Any]:
         """A function that makes so many steps by `train`."""
         optimizer = self.adam(**options)
-        return lambda steps: train(self.model, optimizer, self.x, self.targets, batch_size=self.batch, steps=steps)
+        given = {"batch_size": self.batch, **self.options}
+        return lambda steps: train(self.model, optimizer, self.x, self.targets, steps=steps, **given)
 
 
 def compiled_step(data: Data) -> Callable[[int], Any]:
@@ -195,6 +205,40 @@ def test_step(benchmark: Any, monkeypatch: pytest.MonkeyPatch, case: Case) -> No
     benchmark.pedantic(ours, args=(long * epoch,), rounds=5)
     missed = [f"{name}: {ratios[name]:.1f} of {goal}" for name, goal in case.goals.items() if ratios[name] < goal]
     assert not missed
+
+
+LOSSES: dict[str, tuple[dict[str, Any], float]] = {
+    "a probe, 384-1000, batch 128": ({"sizes": (384, 1000), "batch": 128}, 1.0),
+    "4-64-64-2, tanh, MSE, batch 64": (
+        {"sizes": (4, 64, 64, 2), "batch": 64, "activation": "tanh", "criterion": nn.MSELoss}, 4.0
+    ),
+    "16-64-1, BCE, batch 32": ({"sizes": (16, 64, 1), "batch": 32, "criterion": nn.BCEWithLogitsLoss}, 8.0),
+    "64-128-10, batch 32, clipped": ({"sizes": (64, 128, 10), "batch": 32, "max_grad_norm": 1.0}, 8.0),
+}  # fmt: skip
+"""Arguments of Data, and how many times as long the eager loop takes at least."""
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(benchmark: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Beside the eager loop, and what is clipped beside what is not."""
+    given, goal = LOSSES[name]
+    ours = native_loop(Data(**given), monkeypatch)
+    steps = max(20, 2**29 // (3 * given["batch"] * sum(a * b for a, b in pairwise(given["sizes"]))))
+    runs = {
+        "native": (ours, steps),
+        "eager": (Data(**given).loop(), max(5, steps // 10)),
+        "eager, fused Adam": (Data(**given).loop(fused=True), max(5, steps // 10)),
+    }
+    if "max_grad_norm" in given:
+        runs["native, not clipped"] = (native_loop(Data(**given | {"max_grad_norm": None}), monkeypatch), steps)
+    us = in_turns(runs)
+    ratios = {peer: ratio(us, peer) for peer in runs}
+    print(f"\n{name}, one thread, {native.Native.machine}: us a step (best, median), ratio")
+    for peer, times in us.items():
+        print(f"{peer:20}{min(times):8.1f}{statistics.median(times):8.1f}{ratios[peer]:8.2f}")
+    benchmark.extra_info |= {"ratios": ratios, "machine": native.Native.machine}
+    benchmark.pedantic(ours, args=(steps,), rounds=5)
+    assert ratios["eager"] >= goal
 
 
 def test_growth(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:

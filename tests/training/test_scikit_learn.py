@@ -62,7 +62,8 @@ def test_step_by_step(kind: str, activation: str, weighted: bool, device: str) -
     loss = {"loss": "poisson" if kind == "counts" else "squared_error"} if make is MLPRegressor else {}
     estimator = make(
         hidden_layer_sizes=(8, 7), activation=activation, solver="sgd", alpha=ALPHA, batch_size=BATCH,
-        learning_rate_init=RATE, momentum=0.9, nesterovs_momentum=True, shuffle=False, random_state=0, max_iter=1, **loss,
+        learning_rate_init=RATE, momentum=0.9, nesterovs_momentum=True, shuffle=False, random_state=0,
+        max_iter=1, **loss,
     )  # fmt: skip
     more = {} if make is MLPRegressor else {"classes": np.unique(y) if y.ndim == 1 else np.arange(SIZES[kind])}
     given = y.ravel() if kind == "one output" else y

@@ -182,7 +182,9 @@ class _Held:
         Raises RuntimeError unless all that the rule needs are there, of the right shape, dtype and memory.
         """
         self.tensors, self.key = tensors, (step, machine, dtype)
-        class_weight, pos_weight, *kept = [None if tensor is None else tensor.detach() for tensor in tensors]  # as they are now
+        class_weight, pos_weight, *kept = [
+            None if tensor is None else tensor.detach() for tensor in tensors
+        ]  # as they are now
         parameters: list[_Parameter | None] = []
         for i, (w, m, v, count) in enumerate(zip(*_quarters(kept), strict=True)):
             shape = (step.sizes[i // 2 + 1], step.sizes[i // 2])[: 2 - i % 2]

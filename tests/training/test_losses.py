@@ -13,6 +13,8 @@ from torch.optim import SGD, Adam, AdamW
 
 import fusednn
 from fusednn import make_train_step, reference, train_steps
+from fusednn.training.engines import captured
+from fusednn.training.job import check
 
 from .runs import INPUTS, ROWS, Run, assert_alike, data, one_call, train
 from .test_any_net import chain
@@ -385,3 +387,30 @@ def test_on_chunk_may_change_the_criterion(device: str) -> None:
                 reference.train_steps(model, optimizer, x, targets, start_step=steps[0], steps=steps[1], **options)
         left.append(model.state_dict())
     torch.testing.assert_close(*left, **EXACT)
+
+
+@pytest.mark.parametrize("name", ["mse", "labels, options", "bce, options", "probabilities, options"])
+def test_as_a_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The captured loop with all at once; what on a GPU is a graph is here the function that it is captured from."""
+    monkeypatch.setattr(captured, "capture", lambda step, stream: step)
+    for clipped, weighted, scaled in ((1.0, True, True), (None, False, True), (0.1, False, False), (None, True, False)):
+        model, x, targets, criterion = setting(name, 3, "cpu", torch.float64)
+        given: dict[str, Any] = {
+            "criterion": criterion, "batch_size": 16, "steps": 14, "max_grad_norm": clipped,
+            "sample_weight": torch.rand(ROWS, dtype=torch.float64) if weighted else None,
+            "loss_scale": (lambda step: 1.0 + step % 3) if scaled else 1.0, "decay_scale": [0.5] * 14,
+        }  # fmt: skip
+        left = []
+        for loop in (True, False):
+            twin = copy.deepcopy(model)
+            optimizer = AdamW(twin.parameters(), lr=0.01, eps=1e-3, weight_decay=0.3)
+            given["generator"] = torch.Generator().manual_seed(3)
+            if loop:
+                losses = reference.train_steps(twin, optimizer, x, targets, **given)
+            else:
+                engine = captured.Captured(check(twin, optimizer, x, targets, False, given), None)
+                while engine.done < 14:
+                    engine.advance(14 - engine.done, None)
+                losses = torch.cat(engine.losses)
+            left.append((losses, twin.state_dict()))
+        torch.testing.assert_close(*left, **EXACT)

@@ -91,7 +91,7 @@ INLINE Element<V> huber(V d, Number<V> delta) {
 }
 template <class V>
 INLINE Element<V> poisson_nll(V y, V t) {
-    const V e = exp(y);
+    const V e = y < std::numeric_limits<Number<V>>::infinity() ? exp(y) : y;  // rounded before it is less something
     return {e - t * y, e - t};
 }
 

@@ -1,5 +1,6 @@
 """The training steps in C++, called directly, against autograd in float64: each activation, rule and machine."""
 
+import functools
 import math
 import threading
 import time
@@ -35,7 +36,27 @@ ACTIVATIONS: dict[str, tuple[tuple[float, ...], Callable[[Tensor], Tensor]]] = {
 }
 """The numbers that each is tried with, and PyTorch's own."""
 
+
+def bce(y: Tensor, t: Tensor, **options: Any) -> Tensor:
+    return F.binary_cross_entropy_with_logits(y, t, **options)
+
+
+LOSSES: dict[str, tuple[tuple[float, ...], Callable[..., Tensor]]] = {
+    "cross_entropy": ((), F.cross_entropy),
+    "cross_entropy_probabilities": ((), F.cross_entropy),
+    "mse": ((), F.mse_loss),
+    "l1": ((), F.l1_loss),
+    "smooth_l1": ((0.7,), functools.partial(F.smooth_l1_loss, beta=0.7)),
+    "huber": ((0.7,), functools.partial(F.huber_loss, delta=0.7)),
+    "bce_with_logits": ((), bce),
+    "poisson_nll": ((), F.poisson_nll_loss),
+}
+PER_OUTPUT = [name for name, kind in names.LOSSES.items() if kind.per_output]
+ON_NUMBERS = [name for name, kind in names.LOSSES.items() if not kind.labels]
+
 SGD = Rule("sgd")
+SCALE = 0.375
+"""Of a loss that is scaled."""
 
 
 @dataclass
@@ -101,12 +122,18 @@ class Net:
             y = ACTIVATIONS[activation.name][1](F.linear(y, w[2 * layer], w[2 * layer + 1]))
         return y
 
+    def loss(self, y: Tensor, rows: Tensor, **options: Any) -> Tensor:
+        """PyTorch's loss of the outputs of `rows`."""
+        targets = self.targets[rows]
+        targets = targets.to(y.dtype) if targets.is_floating_point() else targets
+        return LOSSES[self.step.loss.name][1](y, targets, **options)
+
     def gradients(
         self, rows: Tensor, dtype: torch.dtype = torch.float64, **options: Any
     ) -> tuple[Tensor, list[Tensor]]:
         """The loss of `rows` and its gradients at the parameters as they are now, of those that there are."""
         w = [None if p is None else p.detach().to(dtype, copy=True).requires_grad_() for p in self.w]
-        loss = F.cross_entropy(self.forward(rows, w), self.targets[rows], **options)
+        loss = options.pop("loss", self.loss)(self.forward(rows, w), rows, **options)
         return loss.detach(), list(torch.autograd.grad(loss, self.there(w)))
 
     def parameters(self) -> list[Parameter | None]:
@@ -148,7 +175,8 @@ class Net:
     def slope(self, machine: str, rows: int, **more: Any) -> tuple[Tensor, list[Tensor]]:
         """The loss of the first rows, and its gradients: what a step of SGD takes off with a learning rate of 1."""
         before = [p.clone() for p in self.there()]
-        losses, _ = self.train(machine, self.table({names.STEP_SIZE: 1.0}), batch=rows, **more)
+        row = {names.STEP_SIZE: 1.0, names.LOSS_SCALE: SCALE}
+        losses, _ = self.train(machine, self.table(row), batch=rows, **more)
         return losses[0], [old - new for old, new in zip(before, self.there(), strict=True)]
 
 
@@ -235,6 +263,309 @@ def test_cross_entropy_with(machine: str, name: str, rows: int, dtype: torch.dty
     assert_near(found, loss, dtype)
     for ours, theirs in zip(found_grads, grads, strict=True):
         assert_near(ours, theirs, dtype)
+
+
+def with_loss(name: str, sizes: Sequence[int] = (37, 40, 10), **more: Any) -> Net:
+    """A net with that loss, and a part of the fields of `Loss` in `more`."""
+    fields = {key: more.pop(key) for key in Loss._fields if key in more}
+    loss = Loss(name, numbers=LOSSES[name][0], **fields)
+    more.setdefault("accuracy", name not in PER_OUTPUT or name == "bce_with_logits")
+    activations = more.pop("activations", ["relu"] * (len(sizes) - 2) + ["identity"])
+    net = Net(sizes, activations, loss=loss, **more)
+    if name == "cross_entropy_probabilities":
+        net.targets.copy_(net.targets.double().softmax(1))
+    if name in ("bce_with_logits", "poisson_nll"):
+        net.targets.abs_()
+    generator = torch.Generator().manual_seed(5)
+    rows, outputs = len(net.x), sizes[-1]
+    weights = [torch.rand(n, generator=generator).to(net.x.dtype) + 0.1 for n in (outputs, outputs, 3 * rows)]
+    net.class_weight = weights[0] if loss.weighted else None
+    net.pos_weight = weights[1] if loss.positive_weighted else None
+    net.sample_weight = weights[2][1::3] if loss.rows_weighted else None
+    return net
+
+
+def assert_slope(net: Net, machine: str, rows: int, loss: Callable[..., Tensor], **more: Any) -> None:
+    """Loss and gradients of the first rows are those of `loss`, where a gradient is as large as its largest number."""
+    expected, grads = net.gradients(net.order[:rows], loss=loss)
+    found, found_grads = net.slope(machine, rows, **more)
+    assert_near(found, expected, net.x.dtype)
+    for ours, theirs in zip(found_grads, grads, strict=True):
+        size = theirs.abs().max().clamp(min=1)
+        assert_near(ours / size, theirs / size, net.x.dtype)
+
+
+@each_machine
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("rows", [1, 5, 33])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(machine: str, name: str, reduction: str, rows: int, dtype: torch.dtype) -> None:
+    """Each is PyTorch's, whatever the strides of its targets."""
+    for contiguous in (False, True):
+        net = with_loss(name, mean=reduction == "mean", dtype=dtype)
+        net.targets = net.targets.contiguous() if contiguous else net.targets
+        assert_slope(net, machine, rows, functools.partial(net.loss, reduction=reduction))
+
+
+@each_machine
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("rows", [1, 5, 33])
+@pytest.mark.parametrize("mean", [True, False])
+@pytest.mark.parametrize("name", LOSSES)
+def test_weights_of_rows_and_outputs(machine: str, name: str, mean: bool, rows: int, dtype: torch.dtype) -> None:
+    """All weights that a loss may have, its smoothing and a scale, over what a mean divides by."""
+    kind = names.LOSSES[name]
+    weighted = not kind.per_output or name == "bce_with_logits"
+    net = with_loss(
+        name, mean=mean, weighted=weighted, smoothed=not kind.per_output, positive_weighted=name == "bce_with_logits",
+        rows_weighted=True, scaled=True, dtype=dtype,
+    )  # fmt: skip
+    if kind.labels:
+        net.targets[net.order[1]] = 3
+
+    def loss(y: Tensor, rows: Tensor) -> Tensor:
+        s, w, p = (
+            None if of is None else of.to(y.dtype) for of in (net.sample_weight, net.class_weight, net.pos_weight)
+        )
+        assert s is not None
+        options: dict[str, Any] = {"weight": w} if weighted else {}
+        options |= {} if kind.per_output else {"label_smoothing": 0.2}
+        options |= {"pos_weight": p} if name == "bce_with_logits" else {}
+        options |= {"ignore_index": 3} if kind.labels else {}
+        each = net.loss(y, rows, reduction="none", **options)
+        each = each.sum(1) if kind.per_output else each
+        divisor = s[rows].sum() * (y.shape[1] if kind.per_output else 1)
+        if kind.labels and w is not None:
+            labels = net.targets[rows]
+            divisor = (s[rows] * w[labels] * (labels != 3)).sum()
+        return SCALE * (s[rows] * each).sum() / (divisor if mean else 1)
+
+    assert_slope(net, machine, rows, loss, label_smoothing=0.2, ignore_index=3)
+
+
+@each_machine
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("rows", [3, 17])
+def test_rows_without_weight(machine: str, rows: int, name: str) -> None:
+    """A mean over weights of 0 is NaN, as that of PyTorch; a sum moves nothing."""
+    for mean in (True, False):
+        net = with_loss(name, mean=mean, rows_weighted=True)
+        net.sample_weight = torch.zeros(50, dtype=torch.float64)
+        loss, grads = net.slope(machine, rows)
+        assert loss.isnan() if mean else loss == 0
+        assert all(grad.isnan().any() if mean else not grad.any() for grad in grads)
+
+
+@each_machine
+@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_rows(machine: str, name: str, clipped: bool) -> None:
+    """The mean over none is NaN, and moves nothing; nor does the sum."""
+    for mean in (True, False):
+        net = with_loss(name, mean=mean, rows_weighted=True, clipped=clipped)
+        before = [p.clone() for p in net.there()]
+        table = net.table({names.STEP_SIZE: 1.0, names.MAX_NORM: 1.0})
+        losses, accuracies = net.train(machine, table, epoch_rows=0)
+        assert losses.isnan().all() if mean else losses.tolist() == [0]
+        assert accuracies.isnan().all() == net.step.accuracy
+        assert all(torch.equal(old, new) for old, new in zip(before, net.there(), strict=True))
+
+
+SPECIAL = [
+    0.0,
+    0.5,
+    -0.5,
+    0.7,
+    -0.7,
+    1.0,
+    -3.0,
+    40.0,
+    -200.0,
+    800.0,
+    1e-30,
+    -1e-42,
+    1e30,
+    math.inf,
+    -math.inf,
+    math.nan,
+]
+
+
+def of_each(net: Net, machine: str, rows: int) -> tuple[Tensor, Tensor]:
+    """The loss of each output of a net of rows that are all alike, and its slope, with nothing rounded.
+
+    The net has a bias alone. It has one output for the losses, and all for the slopes.
+    """
+    (w, b), m = net.there(), net.there(net.m)
+    y, targets, step = b.clone(), net.targets[:1].clone(), net.step
+    weights = net.class_weight, net.pos_weight
+    table = net.table({names.STEP_SIZE: 0.0, names.LOSS_SCALE: 1 / rows, names.MOMENTUM: 0.0, names.UNDAMPED: 1.0})
+    losses, slopes = [], torch.empty_like(y)
+    for i in range(-1, len(y)):
+        for p in (w, *m):  # which 0 times infinity may have made NaN
+            p.zero_()
+        if i >= 0:
+            net.step, net.targets = step._replace(sizes=(1, 1)), targets[:, i:].expand(len(net.x), -1)
+            net.class_weight, net.pos_weight = (None if of is None else of[i:] for of in weights)
+            b[0] = y[i]
+        else:
+            net.targets = targets.expand(len(net.x), -1)
+        losses.append(net.train(machine, table, batch=rows)[0])
+        slopes = m[1].clone() if i < 0 else slopes
+    return torch.cat(losses[1:]), slopes
+
+
+@each_machine
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("name", "weighted"), [("bce_with_logits", True), *((name, False) for name in PER_OUTPUT)])
+def test_special_outputs_and_targets(machine: str, name: str, weighted: bool, dtype: torch.dtype) -> None:
+    """Each is within 4 units of PyTorch's float64, and NaN and infinity stand where PyTorch has them in this dtype."""
+    y, t = (grid.flatten() for grid in torch.meshgrid(*[torch.tensor(SPECIAL, dtype=dtype)] * 2, indexing="ij"))
+    if name == "poisson_nll":  # whose product overflows
+        y, t = y[t != 1e30], t[t != 1e30]
+    for rows in (1, 8):
+        net = with_loss(
+            name, (1, len(y)), mean=False, scaled=True, weighted=weighted, positive_weighted=weighted, rows=8,
+            dtype=dtype, rule=Rule("momentum"),
+        )  # fmt: skip
+        net.there()[1].copy_(y)
+        net.targets = t[None]
+        weights = {"weight": net.class_weight, "pos_weight": net.pos_weight} if weighted else {}
+        found = of_each(net, machine, rows)
+        for of in (dtype, torch.float64):
+            given = y.to(of, copy=True).requires_grad_()
+            options = {key: None if value is None else value.to(of) for key, value in weights.items()}
+            each = LOSSES[name][1](given, t.to(of), reduction="none", **options)
+            slopes = torch.autograd.grad(each.sum(), given)[0]
+            sizes = (1 + y.abs()) * (1 + t.abs()), 1 + t.abs()
+            for ours, theirs, size in zip(found, (each.detach(), slopes), sizes, strict=True):
+                if of == dtype:
+                    assert torch.equal(ours.isnan(), theirs.isnan())
+                    assert torch.equal(ours.isinf(), theirs.isinf())
+                    assert torch.equal(ours[ours.isinf()], theirs[theirs.isinf()])
+                finite = ours.isfinite() & theirs.isfinite()
+                error = (ours.double() - theirs.double()).abs()[finite]
+                most = 4 * torch.finfo(dtype).eps * (theirs.abs() + torch.nan_to_num(size.double(), 1, 1))[finite]
+                assert (error <= most).all()
+
+
+@each_machine
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e30])
+@pytest.mark.parametrize("place", ["output", "target"])
+def test_special_probabilities(machine: str, place: str, value: float) -> None:
+    """NaN and infinity stand where PyTorch puts them."""
+    for rows in (1, 6):
+        net = with_loss("cross_entropy_probabilities", (3, 6), dtype=torch.float32)
+        if place == "output":
+            net.there()[-1][2] = value
+        else:
+            net.targets[net.order[0], 2] = value
+        before = [p.clone() for p in net.there()]
+        loss, grads = net.gradients(net.order[:rows], torch.float32)
+        losses, _ = net.train(machine, net.table({names.STEP_SIZE: 1.0}), batch=rows)
+        torch.testing.assert_close(losses[0], loss, equal_nan=True)
+        for old, new, grad in zip(before, net.there(), grads, strict=True):
+            torch.testing.assert_close(new, old - grad, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+@each_machine
+@pytest.mark.parametrize("batch", [3, 50])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_accuracy_of_losses_on_numbers(machine: str, dtype: torch.dtype, batch: int) -> None:
+    """The first of equal numbers, and NaN, are the largest; an output of 0 and a target of 1/2 are not positive."""
+    for name in ("cross_entropy_probabilities", "bce_with_logits"):
+        net = with_loss(name, (37, 10), rows_weighted=True, dtype=dtype)
+        net.targets.copy_(torch.randint(0, 3, (50, 10), generator=torch.Generator().manual_seed(6)) / 2)
+        net.targets[net.order[0], 7] = math.nan
+        net.there()[0][:2], net.there()[1][:2] = 0, 0
+        y, targets = net.forward(net.order[:batch], net.w), net.targets[net.order[:batch]]
+        right = (y > 0) == (targets > 0.5) if name == "bce_with_logits" else y.argmax(1) == targets.argmax(1)
+        _, accuracies = net.train(machine, net.table({names.STEP_SIZE: 0.0}), batch=batch)
+        assert_near(accuracies[0], right.double().mean(), dtype)
+        assert batch == 3 or 0 < accuracies[0] < 1
+
+
+@each_machine
+@pytest.mark.parametrize("outputs", [257, 3000])
+def test_many_outputs(machine: str, outputs: int) -> None:
+    """The sum over the outputs of a row is made of parts."""
+    net = with_loss("mse", (5, outputs), dtype=torch.float32)
+    assert_slope(net, machine, 9, net.loss)
+
+
+@each_machine
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("most", [0.01, 0.3, 1e3, math.inf])
+def test_clipping(machine: str, most: float, bias: bool, dtype: torch.dtype) -> None:
+    """PyTorch's, before the sign turns and the weight decays; twice, and the second time it is not clipped."""
+    net = Net((300, 40, 10), ["tanh", "identity"], bias, dtype=dtype, rule=Rule("momentum", True, False, True))
+    net.step = net.step._replace(clipped=True)
+    row = {
+        names.STEP_SIZE: 0.5, names.DECAY: 0.1, names.SIGN: -1.0, names.MOMENTUM: 0.5, names.UNDAMPED: 1.0,
+    }  # fmt: skip
+    table = net.table(row | {names.MAX_NORM: most}, row | {names.MAX_NORM: 1e6})
+    table[:, 1:, names.MAX_NORM] = math.nan
+    expected = Net((300, 40, 10), ["tanh", "identity"], bias, dtype=dtype)
+    expected.w, expected.m = ([None if p is None else p.double() for p in of] for of in (expected.w, expected.m))
+    net.train(machine, table)
+    for rows, largest in ((net.order[:33], most), (net.order[33:], 1e6)):
+        _, grads = expected.gradients(rows)
+        for p, grad in zip(expected.there(), grads, strict=True):
+            p.grad = grad
+        torch.nn.utils.clip_grad_norm_(expected.there(), largest)
+        for p, m in zip(expected.there(), expected.there(expected.m), strict=True):
+            assert p.grad is not None
+            m.mul_(0.5).add_(0.1 * p - p.grad)
+            p -= 0.5 * m
+    for of in ("w", "m"):
+        for ours, theirs in zip(net.there(getattr(net, of)), expected.there(getattr(expected, of)), strict=True):
+            assert_near(ours, theirs, dtype)
+
+
+@each_machine
+@pytest.mark.parametrize("value", [math.inf, math.nan, 1e30])
+def test_clipping_of_special_gradients(machine: str, value: float) -> None:
+    """Where one is NaN all are; where one is infinite the others are 0, and that is NaN."""
+    net = with_loss("mse", (3, 4), mean=False, dtype=torch.float32, clipped=True)
+    net.there()[1][2] = value
+    net.step = net.step._replace(rule=Rule("momentum"))
+    net.train(machine, net.table({names.STEP_SIZE: 0.0, names.MOMENTUM: 0.0, names.UNDAMPED: 1.0, names.MAX_NORM: 1.0}))
+    grads = torch.cat([m.flatten() for m in net.there(net.m)]).reshape(-1)
+    _, expected = net.gradients(net.order[:33])
+    for p, grad in zip(net.there(), expected, strict=True):
+        p.grad = grad.float() if value != 1e30 else None
+    if value == 1e30:  # whose square is no float
+        assert_near(grads.double().norm(), torch.tensor(1.0), torch.float32)
+    else:
+        torch.nn.utils.clip_grad_norm_(net.there(), 1.0)
+        wanted = torch.cat([p.grad.flatten() for p in net.there() if p.grad is not None])
+        assert torch.equal(grads.isnan(), wanted.isnan())
+        assert torch.equal(grads == 0, wanted == 0)
+
+
+@each_machine
+@pytest.mark.parametrize(("name", "sizes"), [("mse", (3, 2, 1)), ("cross_entropy", (2, 3))])
+def test_sums_of_large_batches(machine: str, name: str, sizes: tuple[int, ...]) -> None:
+    """Losses and gradients of a million rows, of which the numbers are some units; also where all rows are alike."""
+    rows = 2**20 + 5
+    for alike, units in ((False, 4), (True, 64)):
+        net = with_loss(name, sizes, rows=rows, dtype=torch.float32, activations=["tanh", "identity"][1 - len(sizes) :])
+        if alike:
+            net.x[:], net.targets[:] = net.x[0].clone(), net.targets[0].clone()
+        loss, grads = net.gradients(net.order)
+        found, found_grads = net.slope(machine, rows)
+        assert abs(found.double() - loss) <= 4 * 2**-24 * loss
+        for ours, theirs in zip(found_grads, grads, strict=True):
+            assert (ours - theirs).abs().max() <= units * 2**-24
+
+
+@each_machine
+def test_large_batches_of_wide_nets(machine: str) -> None:
+    """The parts of dW of a batch of many parts: whole rows with and without gaps, and columns."""
+    for dtype in (torch.float64, torch.float32):
+        assert_gradients(Net((300, 21, 16, 10), ["tanh", "relu", "identity"], rows=4500, dtype=dtype), machine, 4500)
 
 
 @each_machine
@@ -603,6 +934,7 @@ def test_names_are_those_of_the_description() -> None:
     row = {name: getattr(names, name) for name in places if name != "MOST_LAYERS"}
     expected = {"activations": names.ACTIVATIONS, "losses": names.LOSSES, "rules": names.RULES, "row": row}
     assert expected == native.NAMES
+    assert [*LOSSES] == [*native.NAMES["losses"]] == [*names.LOSSES]
     assert [*ACTIVATIONS] == [*native.NAMES["activations"]] == [*names.ACTIVATIONS]
 
 
@@ -614,6 +946,11 @@ WRONG: dict[str, tuple[Callable[[Net], Any], str]] = {
     "loss": (lambda net: {"loss": Loss("hinge")}, "'hinge' is no loss"),
     "rule": (lambda net: {"rule": Rule("lion")}, "'lion' is no rule"),
     "weights": (lambda net: {"loss": Loss(weighted=True)}, "class weights and the loss do not agree"),
+    "weights of positives": (
+        lambda net: {"loss": Loss("bce_with_logits", positive_weighted=True)}, "positive targets and the loss do not"
+    ),
+    "beta": (lambda net: {"loss": Loss("smooth_l1")}, "smooth_l1 takes 1 numbers, and not 0"),
+    "accuracy": (lambda net: {"loss": Loss("mse")}, "has no accuracy"),
     "sizes": (lambda net: {"sizes": (37, 10)}, "not as many as the layers"),
     "activations": (lambda net: {"activations": (Activation(),)}, "not as many as the layers"),
     "no layer": (lambda net: {"sizes": (37,), "biases": (), "activations": ()}, "1 to 8 layers"),
@@ -667,6 +1004,9 @@ def test_calls_that_make_no_sense_raise() -> None:
         native.prepare(**given | {"step": net.step.activations[0]})
     with pytest.raises(TypeError):
         native.prepare(**given | {"parameters": 7})
+    net.step = net.step._replace(loss=Loss(rows_weighted=True))
+    with pytest.raises(ValueError, match="no weights of the rows"):
+        net.train("plain", net.table({names.STEP_SIZE: 0.0}))
     with pytest.raises(TypeError):
         net.train("plain", net.table(), prepared=prepared, label_smoothing="much")
     with pytest.raises(TypeError):

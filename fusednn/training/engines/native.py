@@ -182,9 +182,8 @@ class _Held:
         Raises RuntimeError unless all that the rule needs are there, of the right shape, dtype and memory.
         """
         self.tensors, self.key = tensors, (step, machine, dtype)
-        class_weight, pos_weight, *kept = [
-            None if tensor is None else tensor.detach() for tensor in tensors
-        ]  # as they are now
+        now = [None if tensor is None else tensor.detach() for tensor in tensors]
+        class_weight, pos_weight, *kept = now
         parameters: list[_Parameter | None] = []
         for i, (w, m, v, count) in enumerate(zip(*_quarters(kept), strict=True)):
             shape = (step.sizes[i // 2 + 1], step.sizes[i // 2])[: 2 - i % 2]
@@ -201,9 +200,9 @@ class _Held:
             class_weight=_address("class weight", class_weight, dtype, step.sizes[-1:]),
             pos_weight=_address("weight of positive targets", pos_weight, dtype, step.sizes[-1:]),
         )  # fmt: skip
-        self.storages = [tensor.untyped_storage() for tensor in (class_weight, pos_weight, *kept) if tensor is not None]
+        self.storages = [tensor.untyped_storage() for tensor in now if tensor is not None]
         self.lists = _lists(*tensors)
-        self.memory = self._memory(*_lists(class_weight, pos_weight, *kept))
+        self.memory = self._memory(*_lists(*now))
 
     def memory_now(self) -> tuple[list[Any], ...]:
         """Where the tensors lie, and how many bytes their storages have."""

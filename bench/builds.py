@@ -18,7 +18,7 @@ import torch
 
 from fusednn.kernels import cross_entropy, linear, mlp_training
 from fusednn.kernels.launch import DTYPE_NAMES, Launch
-from fusednn.kernels.step import ACTIVATIONS, ROW, Activation, Loss, Rule, Step
+from fusednn.kernels.step import ACTIVATIONS, ROW, RULES, Activation, Loss, Rule, Step
 
 TYPE_NAMES = DTYPE_NAMES | {torch.int64: "i64", torch.int32: "i32"}
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()} | {"ieee": torch.float32, "tf32": torch.float32}
@@ -201,8 +201,12 @@ DEFAULT = Kind("default")
 EVERYTHING = Kind("all options", Loss("cross_entropy", True, True, True), Rule("adam", True, False, True), True)
 NESTEROV = Kind("nesterov", Loss("cross_entropy", False, False, True), Rule("nesterov", True))
 ADAMW = Kind("adamw", Loss("cross_entropy", True, True), Rule("adam", False, True), True)
+OTHER_RULES = [
+    Kind(name, rule=Rule(name)) for name in ("amsgrad", "nadam", "radam", "adagrad", "rmsprop_centered_momentum")
+]
+CENTERED = Kind("rmsprop_centered coupled", rule=Rule("rmsprop_centered", True, False, True))
 ACTIVATED = [Kind(name, hidden=name) for name in ACTIVATIONS if name != "relu"] + [Kind("tanh behind", last="tanh")]
-KINDS = {kind.name: kind for kind in (DEFAULT, EVERYTHING, NESTEROV, ADAMW, *ACTIVATED)}
+KINDS = {kind.name: kind for kind in (DEFAULT, EVERYTHING, NESTEROV, ADAMW, *OTHER_RULES, CENTERED, *ACTIVATED)}
 
 
 MOST_STACK = {torch.float32: 1300, torch.float64: 192}
@@ -218,7 +222,7 @@ figures (figures.py), and one that falls off the register cliff by its registers
 def training_calls(dtype: torch.dtype) -> Iterator[tuple[str, int, Any]]:
     """Steps of each net with a batch that is one tile and one that is several, by default and with all options.
 
-    At 64-128-10 more of the options, each activation, and fewer rows; in float64 few. With the bytes of stack.
+    At 64-128-10 more of the options and rules, each activation, fewer rows; in float64 few. With the bytes of stack.
     """
     cases = [(sizes, batch, kind) for sizes in NETS for batch in (32, 256) for kind in (DEFAULT, EVERYTHING)]
     deep = [(sizes, batch, kind) for sizes in OTHER_DEPTHS for batch in (32, 256) for kind in (DEFAULT, EVERYTHING)]
@@ -229,7 +233,8 @@ def training_calls(dtype: torch.dtype) -> Iterator[tuple[str, int, Any]]:
         cases += [((100, 96, 100), 32, EVERYTHING)]
         larger = [(NETS[0], 64), (NETS[0], 128), (NETS[2], 128), (NETS[-1], 128)]  # on chip on some
         cases += [(sizes, batch, kind) for sizes, batch in larger for kind in (DEFAULT, EVERYTHING)]
-        cases += deep + [(NETS[0], 32, kind) for kind in ACTIVATED]
+        cases += deep + [(NETS[0], 32, kind) for kind in (*OTHER_RULES, CENTERED, *ACTIVATED)]
+        cases += [(NETS[0], 256, kind) for kind in OTHER_RULES]
     for sizes, batch, kind in cases:
         label = training_label(dtype, sizes, batch, kind)
         yield label, MOST_STACK[dtype], partial(train, kind.step(sizes), batch, dtype)
@@ -247,7 +252,7 @@ def train(step: Step, batch: int, dtype: torch.dtype) -> None:
     shapes = [shape for k, n in pairwise(step.sizes) for shape in ((n, k), (n,))]
     weights = [x.new_empty(shape) for shape in shapes]
     mlp_training.train_mlp(
-        step, x, labels, labels, x.new_empty(step.sizes[-1]), weights, weights, weights,
+        step, x, labels, labels, x.new_empty(step.sizes[-1]), weights, [weights] * len(RULES[step.rule.name].states),
         x.new_empty(1000, len(weights), ROW), batch_size=batch, position=0, epoch_rows=len(x), ignore_index=-100,
         label_smoothing=0.1 * step.loss.smoothed, one_row=True,
     )  # fmt: skip

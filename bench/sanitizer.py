@@ -47,7 +47,7 @@ def launch_all(device: str = "cuda", steps: int = 100) -> None:
 
     step = torch.zeros(1, dtype=torch.int64, device=device)
     w, table = torch.randn(1500, device=device), torch.ones(1, 1, ROW, device=device)
-    updates.optimizer_step(w, w.clone(), w.abs(), w.clone(), table, step, 0, Rule("adam"))
+    updates.optimizer_step(w, [w.clone(), w.abs()], w.clone(), table, step, 0, Rule("adam"))
 
     net, criterion = SimpleNN(100, 96, 10).to(device), CrossEntropyLoss()
     for rows in (33, 5000):  # one program and many, without splits and with

@@ -5,6 +5,7 @@ mlp_training_kernels.py has the kernel. Here is how it is cut into tiles, by a t
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import chain
 
 import torch
 
@@ -14,7 +15,7 @@ from .linear import precision_of
 from .mlp_training_kernels import mlp_training_kernel
 from .mlp_training_on_chip import sums_of
 from .mlp_training_tiles import Data, Tiles, block, fitted
-from .step import ACTIVATIONS, Step
+from .step import ACTIVATIONS, RULES, Step
 
 CONFIGS = {
     # Of each architecture and precision, rows (most layers, most rows of a batch, most inputs, configuration), the
@@ -83,6 +84,9 @@ SPLIT = "tf32x3"
 MOST_WEIGHTS = 2048
 """Elements of a tile of the last W."""
 
+MOST_HELD = 2
+"""States of a rule whose parameters may be held in registers."""
+
 MOST_REGISTERS = 255
 """ptxas may give each thread of an NVIDIA GPU so many. Left alone it keeps to half of them, for a second program that
 there is not, and spills; or falls off its cliff (see `bench/resources.py`)."""
@@ -110,7 +114,8 @@ def fits_on_chip(config: Config, step: Step, batch: int) -> bool:
     hidden = max(step.sizes[1:-1], default=1)
     tile = config[2] if "whole" in config[0] else block(hidden)
     fits = batch <= config[1] and hidden <= config[2] and tile * outputs_on_chip(step) <= MOST_WEIGHTS
-    return fits and ("held" not in config[0] or step.sizes[0] <= config[3])
+    can_hold = step.sizes[0] <= config[3] and len(RULES[step.rule.name].states) <= MOST_HELD
+    return fits and ("held" not in config[0] or can_hold)
 
 
 def outputs_on_chip(step: Step) -> int:
@@ -179,8 +184,7 @@ def train_mlp(
     order: torch.Tensor,
     class_weight: torch.Tensor | None,
     weights: Sequence[torch.Tensor | None],
-    firsts: Sequence[torch.Tensor | None],
-    seconds: Sequence[torch.Tensor | None],
+    states: Sequence[Sequence[torch.Tensor | None]],
     table: torch.Tensor,
     *,
     batch_size: int,
@@ -194,16 +198,19 @@ def train_mlp(
 
     x [N, I] and targets [N], any strides; `order` has the rows of the steps one after the other, int64, and the first
     step lies `position` rows into its epoch of `epoch_rows`. `weights` are W [sizes[l + 1], sizes[l]] and b
-    [sizes[l + 1]] or None of each layer l, `firsts` and `seconds` the state of each: contiguous, of x's dtype, float32
-    or float64, and written to. `one_row` says that all parameters have the same row of the table at each step.
-    Accuracies are empty if the step does not ask for them.
+    [sizes[l + 1]] or None of each layer l, `states` a group of as many for each state that the rule keeps: contiguous,
+    of x's dtype, float32 or float64, and written to. `one_row` says that all parameters have the same row of the table
+    at each step. Accuracies are empty if the step does not ask for them.
     """
     steps, batch = table.shape[0], min(batch_size, max(1, epoch_rows))
     planned = plan_training(step, batch, architecture_of(x), x.dtype, precision_of(x), one_row)
     losses, accuracies = x.new_empty(steps), x.new_empty(steps if step.accuracy else 0)
     hidden, slopes, gradients = buffers(x, step, batch, planned.options["TILES"])
     nothing = weights[0]  # in the place of what is not there
-    groups = [tuple(nothing if tensor is None else tensor for tensor in group) for group in (weights, firsts, seconds)]
+    groups = [
+        tuple(nothing if tensor is None else tensor for tensor in group) or (nothing,)
+        for group in (weights, [*chain.from_iterable(states)])
+    ]
     data = Data(x, targets, order, nothing if class_weight is None else class_weight, *x.stride(), *targets.stride())
     launch(
         mlp_training_kernel, planned, table, data, *groups, hidden or (nothing,), slopes or (nothing,),

@@ -395,15 +395,15 @@ def streamed_steps(
 
 @triton.jit(do_not_specialize=["epoch_rows", "batch_size", "position", "steps", "ignore_index", "smoothing"])
 def mlp_training_kernel(
-    table_ptr, data, weights, firsts, seconds, hidden, slopes, gradients, traces,
+    table_ptr, data, weights, states, hidden, slopes, gradients, traces,
     epoch_rows, batch_size, position, steps, ignore_index, smoothing, STEP: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """`steps` steps, the first one `position` rows into an epoch of `epoch_rows`. One program.
 
-    weights, firsts and seconds are W1, b1, W2, ... and the state of each; traces the losses and the accuracies. The
-    table has a row for each step and parameter.
+    weights are W1, b1, W2, ..., and states the first state of each, then the second of each, as many as the rule keeps;
+    traces the losses and the accuracies. The table has a row for each step and parameter.
     """
-    parameters = (weights, firsts, seconds)
+    parameters = (weights, states)
     if TILES.on_chip:
         on_chip_steps(
             table_ptr, data, parameters, traces, epoch_rows, batch_size, position, steps, ignore_index, smoothing,

@@ -20,7 +20,7 @@ import triton.language as tl
 from .activations import BEFORE, reads_before, slope, times_slope, value
 from .losses import load_targets, loss_of
 from .mlp_training_products import multiply, operand, product, turned
-from .mlp_training_tiles import block, fitted, load_x, quotient, step_as_given, step_transposed
+from .mlp_training_tiles import block, fitted, load_x, ptrs_of, quotient, step_as_given, step_transposed
 from .updates import ROW, load_state, numbers_of, stepped, store_state
 
 
@@ -65,16 +65,14 @@ def place_of(PARAMETER: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr):
 
 @triton.jit
 def hold(parameters, STEP: tl.constexpr, TILES: tl.constexpr):
-    """Each parameter with its state, as :func:`load_state` has them; or nothing, where they are not held."""
-    RULE: tl.constexpr = STEP.rule
-    weights, firsts, seconds = parameters
+    """Each parameter with its states, as :func:`load_state` has them; or nothing, where they are not held."""
     held = ()
     if TILES.held:
         for parameter in tl.static_range(2 * len(STEP.biases)):
             state = ()
             if parameter % 2 == 0 or STEP.biases[parameter // 2]:
                 offs, mask = place_of(parameter, STEP, TILES)
-                state = load_state(weights[parameter], firsts[parameter], seconds[parameter], offs, mask, RULE)
+                state = load_state(ptrs_of(parameters, parameter), offs, mask)
             held = held + (state,)  # type: ignore[assignment]  # it grows
     return held
 
@@ -82,14 +80,11 @@ def hold(parameters, STEP: tl.constexpr, TILES: tl.constexpr):
 @triton.jit
 def release(parameters, held, STEP: tl.constexpr, TILES: tl.constexpr):
     """Store what was held."""
-    RULE: tl.constexpr = STEP.rule
-    weights, firsts, seconds = parameters
     if TILES.held:
         for parameter in tl.static_range(2 * len(STEP.biases)):
             if parameter % 2 == 0 or STEP.biases[parameter // 2]:
                 offs, mask = place_of(parameter, STEP, TILES)
-                w_ptr, m_ptr, v_ptr = weights[parameter], firsts[parameter], seconds[parameter]
-                store_state(w_ptr, m_ptr, v_ptr, offs, mask, held[parameter], RULE)
+                store_state(ptrs_of(parameters, parameter), offs, mask, held[parameter])
 
 
 @triton.jit
@@ -196,8 +191,7 @@ def step_on_bias(
     numbers = numbers_for(2 * LAYER + 1, row_ptr, numbers, RULE, TILES)
     state = ()
     if TILES.held:
-        b, m, v = held[2 * LAYER + 1]
-        state = stepped(b, m, v, db, numbers, RULE)
+        state = stepped(held[2 * LAYER + 1], db, numbers, RULE)
     else:
         step_transposed(parameters, 2 * LAYER + 1, offs_n, mask_n, db, numbers, STEP)
     return state
@@ -229,8 +223,7 @@ def step_on_weights(
         dw = product(dz, turned(a), nothing, TILES.as_rows and LAYER == LAST, TILES)
         offs, mask = weights_at(offs_n, offs_k, LAYER, STEP)
         if TILES.held:
-            w, m, v = held[2 * LAYER]
-            state = stepped(w, m, v, dw * scale, numbers, RULE)
+            state = stepped(held[2 * LAYER], dw * scale, numbers, RULE)
         elif TILES.as_rows and LAYER == LAST:
             step_as_given(parameters, 2 * LAYER, offs, mask, dw * scale, numbers, STEP)
         else:

@@ -66,6 +66,16 @@ def quotient(a, b):
 
 
 @triton.jit
+def ptrs_of(parameters, PARAMETER: tl.constexpr):
+    """Where a parameter lies, and its states: of each state there are as many as of parameters, or none at all."""
+    weights, states = parameters
+    ptrs = (weights[PARAMETER],)
+    for group in tl.static_range(len(states) // len(weights)):
+        ptrs = ptrs + (states[group * len(weights) + PARAMETER],)  # type: ignore[assignment]  # it grows
+    return ptrs
+
+
+@triton.jit
 def step_on(parameters, PARAMETER: tl.constexpr, offs, mask, g, row_ptr, STEP: tl.constexpr):
     """The optimizer's step on some elements of a parameter, whose gradient g is a product, or the sum of one.
 
@@ -90,6 +100,4 @@ def step_transposed(parameters, PARAMETER: tl.constexpr, offs, mask, g, numbers,
 @triton.jit
 def step_as_given(parameters, PARAMETER: tl.constexpr, offs, mask, g, numbers, STEP: tl.constexpr):
     """`step_transposed` of a gradient that is transposed already."""
-    RULE: tl.constexpr = STEP.rule
-    weights, firsts, seconds = parameters
-    update(weights[PARAMETER], firsts[PARAMETER], seconds[PARAMETER], offs, mask, g, numbers, RULE)
+    update(ptrs_of(parameters, PARAMETER), offs, mask, g, numbers, STEP.rule)

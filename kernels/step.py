@@ -60,14 +60,40 @@ LOSSES = {
     "poisson_nll": LossKind(labels=False, per_output=True, numbers=0),
 }
 
-RULES = ("adam", "sgd", "momentum", "nesterov")
-
 STEP_SIZE, DECAY, SHRINK, SIGN = range(4)
 LOSS_SCALE, MAX_NORM = 4, 5  # of the step, in the row of the first parameter
-MOMENTUM, UNDAMPED = 6, 7  # of momentum and nesterov
-ROOT, EPS, GRAD_PART, SQUARE_KEPT, SQUARE_PART = range(6, 11)  # of adam
-ROW = 11
+ROOT, EPS, GRAD_PART, SQUARE_KEPT, SQUARE_PART, GRAD_STEP = range(6, 12)
+MOMENTUM, UNDAMPED = 6, 7  # no rule has MOMENTUM and ROOT, or UNDAMPED and EPS
+ROW = 12
 """The places in a row of the optimizer's table, which has a row for each step and parameter; see updates.py."""
+
+_MOMENTS = (EPS, GRAD_PART, SQUARE_KEPT, SQUARE_PART)
+
+
+class RuleKind(NamedTuple):
+    """The states that it keeps of each parameter, as torch.optim calls them, and the numbers it reads of a row.
+
+    Those beside the first four places, which each rule reads as its options say.
+    """
+
+    states: tuple[str, ...]
+    numbers: tuple[int, ...]
+
+
+RULES = {
+    "adam": RuleKind(("exp_avg", "exp_avg_sq"), (ROOT, *_MOMENTS)),
+    "amsgrad": RuleKind(("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), (ROOT, *_MOMENTS)),
+    "nadam": RuleKind(("exp_avg", "exp_avg_sq"), (ROOT, *_MOMENTS, GRAD_STEP)),
+    "radam": RuleKind(("exp_avg", "exp_avg_sq"), (ROOT, *_MOMENTS)),
+    "adagrad": RuleKind(("sum",), (EPS,)),
+    "rmsprop": RuleKind(("square_avg",), (EPS, SQUARE_KEPT, SQUARE_PART)),
+    "rmsprop_momentum": RuleKind(("square_avg", "momentum_buffer"), (MOMENTUM, EPS, SQUARE_KEPT, SQUARE_PART)),
+    "rmsprop_centered": RuleKind(("square_avg", "grad_avg"), _MOMENTS),
+    "rmsprop_centered_momentum": RuleKind(("square_avg", "momentum_buffer", "grad_avg"), (MOMENTUM, *_MOMENTS)),
+    "sgd": RuleKind((), ()),
+    "momentum": RuleKind(("momentum_buffer",), (MOMENTUM, UNDAMPED)),
+    "nesterov": RuleKind(("momentum_buffer",), (MOMENTUM, UNDAMPED)),
+}
 
 
 class Activation(NamedTuple):

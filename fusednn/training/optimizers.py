@@ -6,10 +6,19 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
 from torch.optim import optimizer as torch_optimizer
 
+from ..kernels.step import RULES
 from ..reading import GONE, Facts
+from .formulas import rule_name
+
+NUMBERS: dict[type[Optimizer], tuple[str, ...]] = {
+    Adam: ("weight_decay", "eps"), AdamW: ("weight_decay", "eps"), RAdam: ("weight_decay", "eps"),
+    NAdam: ("weight_decay", "eps", "momentum_decay"), Adagrad: ("weight_decay", "eps", "lr_decay"),
+    RMSprop: ("weight_decay", "eps", "alpha", "momentum"), SGD: ("weight_decay", "momentum", "dampening"),
+}  # fmt: skip
+"""The optimizers whose steps kernels make, and their options that are numbers, beside lr and betas."""
 
 LEAST_EPS = 2.0**-126
 """The smallest normal number of float32: of a smaller one a GPU makes 0, of 0 NaN where there is no gradient, also
@@ -22,11 +31,11 @@ def refusal(optimizer: Optimizer, parameters: list[Tensor], schedule: Any, facts
     `facts` gets what that rests on, but for :func:`refusal_now`.
     """
     kind = type(optimizer)
-    if kind not in (Adam, AdamW, SGD):
+    if kind not in NUMBERS:
         return f"no kernel for the optimizer {kind.__module__}.{kind.__qualname__}"
     if schedule is not None and not _only_sets_options(schedule):
         return f"no kernel for the schedule {type(schedule).__qualname__}, which may look at the parameters"
-    if schedule is not None and kind is SGD and _may_cycle_momentum(schedule):
+    if schedule is not None and kind in (SGD, RMSprop) and _may_cycle_momentum(schedule):
         return "the schedule may change the momentum"
     if sorted(_held(optimizer)) != sorted(map(id, parameters)):
         return "the optimizer's parameters are not exactly the model's"
@@ -45,21 +54,23 @@ def refusal(optimizer: Optimizer, parameters: list[Tensor], schedule: Any, facts
     scales = [facts.item(optimizer, "__dict__", name) for name in ("grad_scale", "found_inf")]
     if any(scale is not GONE and scale is not None for scale in scales):
         return "gradients are scaled"
-    groups, is_sgd, on_cpu = optimizer.param_groups, kind is SGD, parameters[0].is_cpu
+    groups, on_cpu = optimizer.param_groups, parameters[0].is_cpu
     facts.attribute(optimizer, "param_groups", held=True)
     facts.length(optimizer, "param_groups")
     for group in groups:
         options = {name: facts.item(group, None, name) for name in group if name not in _LR}
-        if (refusal := _options_refusal(options, is_sgd, on_cpu, facts)) is not None:
+        if (refusal := _options_refusal(options, kind, on_cpu, facts)) is not None:
             return refusal
-    if is_sgd and len({(group["momentum"] != 0, group["nesterov"]) for group in groups}) > 1:
-        return "groups with and without momentum, or Nesterov's"
-    if not is_sgd and len({group["decoupled_weight_decay"] for group in groups}) > 1:
+    rules = {rule_name(kind, group) for group in groups}
+    if len(rules) > 1:
+        return f"groups with different rules: {', '.join(sorted(rules))}"
+    if len({group.get("decoupled_weight_decay") for group in groups}) > 1:
         return "groups with and without decoupled weight decay"
+    names = RULES[rules.pop()].states
     facts.attribute(optimizer, "state", held=True)
     for parameter in parameters:
         state = facts.item(optimizer, "state", parameter, held=True)
-        if state is not GONE and (refusal := _state_refusal(state, parameter, is_sgd, facts)) is not None:
+        if state is not GONE and (refusal := _state_refusal(state, parameter, kind, names, facts)) is not None:
             return refusal
     return None
 
@@ -106,17 +117,15 @@ def _number_refusal(number: Any) -> str | None:
     return f"an option is {number!r}, a {type(number).__name__}, and no plain number"
 
 
-def _options_refusal(group: dict[str, Any], is_sgd: bool, on_cpu: bool, facts: Facts) -> str | None:
+def _options_refusal(group: dict[str, Any], kind: type[Optimizer], on_cpu: bool, facts: Facts) -> str | None:
     """Why the options of a group are the loop's, which works with them as torch.optim does, or raises its error."""
-    for option in ("amsgrad", "differentiable"):
-        if group.get(option):
-            return f"no kernel for the option {option}"
+    if group.get("differentiable"):
+        return "no kernel for the option differentiable"
     if on_cpu and group.get("capturable"):
         return "capturable on a CPU, which torch.optim does not do"
-    numbers = [
-        group[name] for name in (("weight_decay", "momentum", "dampening") if is_sgd else ("weight_decay", "eps"))
-    ]
-    if not is_sgd:
+    betas: Any = ()
+    numbers = [group[name] for name in NUMBERS[kind]]
+    if "betas" in group:
         betas = group["betas"]
         if type(betas) not in (tuple, list) or len(betas) != 2:
             return f"the option betas is {betas!r}"
@@ -129,29 +138,28 @@ def _options_refusal(group: dict[str, Any], is_sgd: bool, on_cpu: bool, facts: F
     for number in numbers:
         if (refusal := _number_refusal(number)) is not None:
             return refusal
-    if is_sgd:
-        return None
-    if not group["eps"] >= LEAST_EPS:
+    if "eps" in NUMBERS[kind] and not group["eps"] >= LEAST_EPS:
         return f"the option eps is {group['eps']!r}"
     return None if all(0 <= beta < 1 for beta in betas) else f"the option betas is {betas!r}"
 
 
-def _state_refusal(state: dict[str, Any], parameter: Tensor, is_sgd: bool, facts: Facts) -> str | None:
+def _state_refusal(
+    state: dict[str, Any], parameter: Tensor, kind: type[Optimizer], names: tuple[str, ...], facts: Facts
+) -> str | None:
     """Why the state of a parameter is not as torch.optim leaves it, for a kernel to go on with."""
     if not state:
         facts.never()
         return None
-    names = ("momentum_buffer",) if is_sgd else ("exp_avg", "exp_avg_sq", "step")
-    found = {name: facts.item(state, None, name) for name in names}
-    for name, tensor in found.items():
-        if name != "step" and isinstance(tensor, Tensor) and not _alike(tensor, parameter):
+    states = {name: facts.item(state, None, name) for name in (("momentum_buffer",) if kind is SGD else names)}
+    for name, tensor in states.items():
+        if isinstance(tensor, Tensor) and not _alike(tensor, parameter):
             return f"the optimizer's {name} has another dtype, device or layout than its parameter"
-    if is_sgd:
+    if kind is SGD:
         return None
-    count = found["step"]
-    complete = all(isinstance(tensor, Tensor) for tensor in found.values()) and count.dim() == 0
-    if not complete or count.dtype not in (torch.float32, torch.float64):
-        return "the optimizer's state is not Adam's"
+    numbers = [facts.item(state, None, name) for name in ("step", "mu_product")[: 2 if kind is NAdam else 1]]
+    complete = all(isinstance(tensor, Tensor) for tensor in (*states.values(), *numbers))
+    if not complete or any(n.dim() or n.dtype not in (torch.float32, torch.float64) for n in numbers):
+        return f"the optimizer's state is not {kind.__name__}'s"
     return None
 
 

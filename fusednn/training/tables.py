@@ -4,34 +4,33 @@
 that training goes on in plain PyTorch at any point.
 """
 
-import math
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, NAdam, Optimizer
 
-from ..kernels.step import ROW, Rule
+from ..kernels.step import ROW, RULES, Rule
 from ..reading import Facts
+from .formulas import Steps, at, row_of, rule_name, sent
 
 
 class Taken(NamedTuple):
     """What a kernel needs of an optimizer for some steps.
 
     `table` [steps, parameters, ROW], in the parameters' dtype and on their device, has the numbers that do not depend
-    on gradients, at the places that kernels/step.py names; `firsts` and `seconds` are the state of each parameter, and
-    `counts` that of its steps, [], None where there is none. With `gives_arrays` the table of one step may be
-    an array.array. `one_row` says that the numbers are the same for all parameters.
+    on gradients, at the places that kernels/step.py names; `states` has a group for each state that the rule keeps,
+    with that of each parameter, and `counts` has that of its steps, [], None where there is none. With `gives_arrays`
+    the table of one step may be an array.array. `one_row` says that the numbers are the same for all parameters.
     """
 
     rule: Rule
     steps: int
     table: Any
-    firsts: tuple[Tensor | None, ...]
-    seconds: tuple[Tensor | None, ...]
+    states: tuple[tuple[Tensor | None, ...], ...]
     counts: tuple[Tensor | None, ...]
     one_row: bool
 
@@ -40,29 +39,34 @@ class KernelOptimizer:
     """`optimizer`, which optimizers.py does not refuse, and the LR scheduler that is stepped after each step."""
 
     def __init__(
-        self, optimizer: Optimizer, parameters: Sequence[Tensor | None], schedule: Any, max_norm: Any = None
+        self, optimizer: Optimizer, parameters: Sequence[Tensor | None], schedule: Any, max_norm: float | None = None
     ) -> None:
-        """`parameters` are the optimizer's in the order of the table, None where a place is empty."""
+        """`parameters` are the optimizer's in the order of the table, None where a place is empty.
+
+        `max_norm` is the most that the norm of all gradients may be.
+        """
         self.optimizer, self.parameters, self.schedule = optimizer, parameters, schedule
+        self.kind, self.max_norm = type(optimizer), 0.0 if max_norm is None else float(max_norm)
         self.model = next(parameter for parameter in parameters if parameter is not None)
         self._dtype = self.model.dtype
         self._typecode = "f" if self._dtype == torch.float32 else "d"
-        self.is_adam = not isinstance(optimizer, SGD)
         self.error: Exception | None = None
         """What the schedule raised behind the last step that was taken: to be raised again when that step is made."""
         self.facts: Facts | None = None
         """Those that hold now, if somebody knows: what was taken under them is looked up no more."""
         self.gives_arrays = False
         self._kept: tuple[Facts, dict[str, Any], Taken] | None = None
+        self._products: list[tuple[Tensor, Any]] = []
         self._one = torch.ones((), dtype=torch.float32, device="cpu")
 
     def has_kept(self) -> bool:
         """Whether one more step needs nothing but its row of the table: no state is made, no schedule stepped."""
         return self._kept is not None and self._kept[0] is self.facts
 
-    def take(self, steps: int, scales: Any = None, decays: Any = None) -> Taken:
+    def take(self, steps: int, scales: Sequence[float] | None = None, decays: Sequence[float] | None = None) -> Taken:
         """What the next `steps` steps need. The schedule is behind them; when they are launched, `count` them.
 
+        The loss of each is multiplied by its number in `scales`, and each group's weight decay by that in `decays`.
         They are fewer where the schedule raises an error, which `error` keeps. Nothing waits for a device: a learning
         rate or a step count that lies there is worked with there.
         """
@@ -70,7 +74,7 @@ class KernelOptimizer:
             _, group, before = self._kept
             ages = [float(count) for count in before.counts if count is not None] or [0.0]
             if ages.count(ages[0]) == len(ages):
-                row = self._columns(ages[0], [group], 1, False)
+                row = row_of(self.kind, Steps([group], 1, ages[0], False), scales, decays, self.max_norm)
                 if _PLAIN.issuperset(map(type, row)):
                     return Taken(before.rule, 1, self._packed(row * len(self.parameters)), *before[3:-1], True)
         groups = [group for group in self.optimizer.param_groups if group["params"]]
@@ -80,32 +84,35 @@ class KernelOptimizer:
         }
         history = self._advance_schedule(groups, steps)
         steps = steps if self.schedule is None else len(history)
+        scales, decays = scales and scales[:steps], decays and decays[:steps]
         states = [{} if parameter is None else self.optimizer.state.get(parameter, {}) for parameter in self.parameters]
-        made: dict[Any, list[Any]] = {}
+        made: dict[Any, tuple[list[Any], Any]] = {}
         columns = []
+        self._products = []
         for parameter, state in zip(self.parameters, states, strict=True):
             if parameter is None:
                 columns.append([0.0] * ROW)
                 continue
             g, fresh = found[id(parameter)]
-            count = state.get("step", 0.0)
-            count = float(count) if not isinstance(count, Tensor) or count.is_cpu else count
-            key = g, fresh, count if isinstance(count, float) else id(count)
+            count, product = state.get("step", 0.0), state.get("mu_product")
+            key = g, fresh, _value(count), _value(product)
             if key not in made:  # the same for all parameters of a group that are as old
-                made[key] = self._columns(count, [options[g] for options in history], steps, fresh)
-            columns.append(made[key])
-        first, second = ("exp_avg", "exp_avg_sq") if self.is_adam else ("momentum_buffer", "momentum_buffer")
+                given = Steps([options[g] for options in history], steps, count, fresh, product)
+                made[key] = row_of(self.kind, given, scales, decays, self.max_norm), given.product
+            columns.append(made[key][0])
+            if product is not None:
+                self._products.append((product, made[key][1]))
+        rule = self._rule(history)
         taken = Taken(
-            self._rule(history),
+            rule,
             steps,
             self._table(columns, steps),
-            tuple([state.get(first) for state in states]),
-            tuple([state.get(second) for state in states]),
+            tuple([tuple([state.get(name) for state in states]) for name in RULES[rule.name].states]),
             tuple([state.get("step") for state in states]),
             len(made) == 1,
         )
         self._kept = None
-        if self.facts is not None and self.schedule is None and len(groups) == 1:
+        if self.facts is not None and self.schedule is None and len(groups) == 1 and not self._products:
             on_cpu = all(count is None or count.is_cpu for count in taken.counts)
             if on_cpu and not any(fresh for _, fresh in found.values()):
                 self._kept = self.facts, groups[0], taken
@@ -113,20 +120,26 @@ class KernelOptimizer:
 
     def _make_state(self, parameter: Tensor, group: dict[str, Any]) -> bool:
         """Make the state of `parameter` as torch.optim does, unless it is there; whether it was not."""
-        if not self.is_adam and group["momentum"] == 0:
+        names = RULES[rule_name(self.kind, group)].states
+        if self.kind is SGD and not names:
             return False
         state: dict[str, Any] = self.optimizer.state[parameter]
-        fresh = not state if self.is_adam else state.get("momentum_buffer") is None
-        if fresh and self.is_adam:
-            on_device = group["capturable"] or group["fused"]
-            double = torch.get_default_dtype() == torch.float64 and not group["fused"]
-            dtype = torch.float64 if double else torch.float32
-            count = torch.zeros((), dtype=dtype, device=parameter.device if on_device else "cpu")
-            moments = [torch.zeros_like(parameter) for _ in range(2)]
-            state.update(step=count, exp_avg=moments[0], exp_avg_sq=moments[1])  # at once, whatever signal comes
-        elif fresh:
+        if self.kind is SGD:
+            if state.get("momentum_buffer") is not None:
+                return False
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        return fresh
+            return True
+        if state:
+            return False
+        fused = group.get("fused")
+        double = torch.get_default_dtype() == torch.float64 and not fused
+        place = parameter.device if fused or group.get("capturable") else "cpu"
+        count = torch.zeros((), dtype=torch.float64 if double else torch.float32, device=place)
+        product = {"mu_product": torch.ones_like(count)} if self.kind is NAdam else {}
+        begin = self.optimizer.defaults.get("initial_accumulator_value", 0.0)
+        moments = {name: torch.full_like(parameter, begin) for name in names}
+        state.update({"step": count} | product | moments)  # at once, whatever signal comes
+        return True
 
     def _advance_schedule(self, groups: list[dict[str, Any]], steps: int) -> list[list[dict[str, Any]]]:
         """The options of each group at each step, or once where no schedule changes them."""
@@ -150,49 +163,18 @@ class KernelOptimizer:
             state = {} if parameter is None else self.optimizer.state.get(parameter, {})
             if "step" in state:
                 state["step"] += more
+        self.keep_products()
+
+    def keep_products(self) -> None:
+        """Leave NAdam's product of the momenta in its state, as `count` does: the steps taken are launched."""
+        for product, value in self._products:
+            product.fill_(value)
 
     def finish(self) -> None:
         """Raise what the schedule raised, now that the steps before it are made."""
         error, self.error = self.error, None
         if error is not None:
             raise error
-
-    def _columns(self, count: float | Tensor, options: list[dict[str, Any]], steps: int, fresh: bool) -> list[Any]:
-        """The rows of the table of a parameter that made `count` steps before: ROW columns, numbers or [steps] each.
-
-        A power is C's, as in torch.optim, and all else is rounded as IEEE 754 has it: no bit depends on how many steps
-        there are. PyTorch's vectors have powers of their own.
-        """
-        group = options[0]
-        if len(options) == 1 and type(group["lr"]) is float:
-            values: Callable[[str], Any] = group.__getitem__
-        else:
-            values = lambda name: _series([group[name] for group in options])  # noqa: E731
-        lr, decay = values("lr"), values("weight_decay")
-        sign = -1.0 if group["maximize"] else 1.0
-        if not self.is_adam:
-            undamped = 1 - values("dampening")
-            if fresh:  # the buffer begins as the first gradient, whatever the dampening
-                undamped = _series([1.0, *[1 - group["dampening"] for group in (options * steps)[1:steps]]])
-            return [lr, decay, 1 - lr * decay, sign, 1.0, 0.0, values("momentum"), undamped, 0.0, 0.0, 0.0]
-        beta1, beta2 = group["betas"]
-        if len(options) > 1 or isinstance(beta1, Tensor) or isinstance(beta2, Tensor):
-            beta1, beta2 = (_series([group["betas"][i] for group in options]) for i in (0, 1))
-        place = next((v.device for v in (count, lr) if isinstance(v, Tensor) and not v.is_cpu), None)
-        if isinstance(count, Tensor):
-            t = count.double() + torch.arange(1, steps + 1, device=place)
-            power1, power2 = _at(beta1, place) ** t, _at(beta2, place) ** t
-        elif steps == 1:
-            power1, power2 = beta1 ** (count + 1), beta2 ** (count + 1)
-        else:
-            ages = [count + step for step in range(1, steps + 1)]
-            bases = [[float(group["betas"][i]) for group in options] for i in (0, 1)]
-            power1, power2 = (_at(_series(_powers(some, ages)), place) for some in bases)
-        unbiased = 1 - power1
-        if isinstance(unbiased, Tensor) and isinstance(lr, float):
-            lr = torch.tensor(lr, dtype=torch.float64, device="cpu")  # or it becomes a product with the reciprocal
-        root, eps = _one_over_root(1 - power2), values("eps")
-        return [lr / unbiased, decay, 1 - lr * decay, sign, 1.0, 0.0, root, eps, 1 - beta1, beta2, 1 - beta2]
 
     def _table(self, columns: list[list[Any]], steps: int) -> Any:
         """The numbers of each parameter as a table, [steps, parameters, ROW], in its dtype and on its device."""
@@ -205,9 +187,9 @@ class KernelOptimizer:
             if id(row) not in made:
                 made[id(row)] = part = torch.zeros(steps, ROW, dtype=torch.float64, device=found)
                 for place, value in enumerate(row):
-                    part[:, place] = _at(value, found)
+                    part[:, place] = at(value, found)
         model = self.model
-        return _sent(torch.stack([made[id(row)] for row in columns], dim=1).to(model.dtype), model.device)
+        return sent(torch.stack([made[id(row)] for row in columns], dim=1).to(model.dtype), model.device)
 
     def _packed(self, numbers: list[float]) -> Any:
         """The table of one step."""
@@ -215,53 +197,24 @@ class KernelOptimizer:
         if self.gives_arrays:
             return values
         table = torch.frombuffer(values, dtype=self._dtype).view(1, -1, ROW)
-        return table if self.model.is_cpu else _sent(table, self.model.device)
+        return table if self.model.is_cpu else sent(table, self.model.device)
 
     def _rule(self, history: list[list[dict[str, Any]]]) -> Rule:
         groups = [group for options in history for group in options]
         decays = any(group["weight_decay"] != 0 for group in groups)
-        decoupled = self.is_adam and groups[0]["decoupled_weight_decay"]
-        name = "adam" if self.is_adam else "sgd" if groups[0]["momentum"] == 0 else "momentum"
-        if name == "momentum" and groups[0]["nesterov"]:
-            name = "nesterov"
-        return Rule(name, decays and not decoupled, decays and decoupled, any(group["maximize"] for group in groups))
+        decoupled = bool(groups[0].get("decoupled_weight_decay", False))
+        maximize = any(group["maximize"] for group in groups)
+        return Rule(rule_name(self.kind, groups[0]), decays and not decoupled, decays and decoupled, maximize)
 
 
 _PLAIN = {float, int, bool}
 
 
-def _powers(bases: list[float], exponents: list[float]) -> list[float]:
-    """Each of `bases`, or the one that there is, to the power of its exponent."""
-    if len(bases) > 1:
-        return [base**t for base, t in zip(bases, exponents, strict=True)]
-    base = bases[0]
-    return [base**t for t in exponents]
-
-
-def _series(values: Sequence[Any]) -> Any:
-    """Numbers, which may lie on a device, as a tensor, [n] float64; of one number a float, where it can be one."""
-    if isinstance(values[0], Tensor):
-        if all(value.is_cpu for value in values):
-            return _series([float(value) for value in values])
-        return torch.stack([value.double().reshape(()) for value in values])
-    return float(values[0]) if len(values) == 1 else torch.frombuffer(array("d", values), dtype=torch.float64)
-
-
-def _at(value: Any, device: torch.device | None) -> Any:
-    """A number as it is, a tensor on `device`, if one is given."""
-    return _sent(value, device) if device is not None and isinstance(value, Tensor) else value
-
-
-def _one_over_root(value: Any) -> Any:
-    """1 / sqrt(value), of one number and of many with the same bits: Tensor.sqrt is MKL's, which errs in the last."""
-    return value.rsqrt() if isinstance(value, Tensor) else 1 / math.sqrt(value)
-
-
-def _sent(values: Tensor, device: torch.device) -> Tensor:
-    """`values` on `device`, without waiting for it, as a copy from memory that is not pinned would."""
-    if values.is_cpu and device.type == "cuda":
-        values = values.pin_memory()
-    return values.to(device, non_blocking=True)
+def _value(number: Any) -> Any:
+    """What says whether two numbers are the same, of those on a device that they are one."""
+    if not isinstance(number, Tensor):
+        return number
+    return (float(number), number.dtype) if number.is_cpu else id(number)
 
 
 def _copied(value: Any) -> Any:

@@ -51,19 +51,13 @@ bool read_attribute(PyObject *object, const char *name, What &to) {
     return found.get_attribute(object, name) && read(found, to);
 }
 
-inline const char *name_of(const char *name) { return name; }
-template <class Entry>
-const char *name_of(const Entry &entry) {
-    return entry.name;
-}
-
 // The place in the table of the object's name.
 template <class Name, class Entry, size_t COUNT>
 bool read_name(PyObject *object, const char *what, const Entry (&table)[COUNT], Name &to) {
     Held name;
     if (!name.get_attribute(object, "name")) return false;
     for (size_t i = 0; i < COUNT; ++i)
-        if (PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, name_of(table[i])) == 0) {
+        if (PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, table[i].name) == 0) {
             to = Name(i);
             return true;
         }
@@ -115,11 +109,13 @@ bool wrong(const char *what) {
 template <class T>
 bool read_parameter(PyObject *object, Rule rule, Parameter<T> &to) {
     if (!read_attribute(object, "weight", to.weight) || !read_attribute(object, "first", to.first) ||
-        !read_attribute(object, "second", to.second) || !read_attribute(object, "count", to.count) ||
-        !read_attribute(object, "double_count", to.double_count))
+        !read_attribute(object, "second", to.second) || !read_attribute(object, "third", to.third) ||
+        !read_attribute(object, "count", to.count) || !read_attribute(object, "double_count", to.double_count))
         return false;
+    const T *const states[] = {to.first, to.second, to.third};
     if (!to.weight) return wrong("a parameter has no numbers");
-    if ((rule.name != SGD && !to.first) || (rule.name == ADAM && !to.second)) return wrong("a parameter has no state");
+    for (int i = 0; i < RULES[rule.name].states; ++i)
+        if (!states[i]) return wrong("a parameter has no state");
     return true;
 }
 

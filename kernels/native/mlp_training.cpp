@@ -116,8 +116,7 @@ INLINE void forward(const Step<T> &step, Buffers<T, BYTES> &to, Int size) {
 template <class T>
 INLINE void step_on(const Parameter<T> &p, Int offset, T *g, Int n, const T *row, Rule rule, T *grad) {
     if (grad) return void(std::copy_n(g, n, grad + offset));
-    T *first = p.first ? p.first + offset : nullptr, *second = p.second ? p.second + offset : nullptr;
-    update(p.weight + offset, first, second, g, n, row, rule);
+    update(Part<T>(p, offset), g, n, row, rule);
 }
 
 // of.dw [rows, columns] = dz a of dz [rows, batch] and a [batch, columns].

@@ -176,20 +176,11 @@ PyObject *machines(PyObject *, PyObject *) {
     return found;
 }
 
-template <size_t COUNT>
-bool set_names(PyObject *dict, const char *key, const char *const (&names)[COUNT]) {
-    const Held tuple(PyTuple_New(COUNT));
-    for (size_t i = 0; tuple && i < COUNT; ++i) {
-        PyObject *const name = PyUnicode_FromString(names[i]);
-        if (!name || PyTuple_SetItem(tuple, i, name) < 0) return false;
-    }
-    return tuple && PyDict_SetItemString(dict, key, tuple) == 0;
-}
-
 // NAMES: those of step.h's tables, for the test that compares them with ../step.py's.
 int add_names(PyObject *module) {
-    const Held names(PyDict_New()), row(PyDict_New()), activations(PyDict_New()), losses(PyDict_New());
-    if (!names || !row || !activations || !losses) return -1;
+    const Held names(PyDict_New()), row(PyDict_New()), activations(PyDict_New());
+    const Held losses(PyDict_New()), rules(PyDict_New());
+    if (!names || !row || !activations || !losses || !rules) return -1;
     for (const auto &entry : ACTIVATIONS) {
         const Held kind(Py_BuildValue("(iN)", entry.numbers, PyBool_FromLong(entry.before)));
         if (!kind || PyDict_SetItemString(activations, entry.name, kind) < 0) return -1;
@@ -199,10 +190,12 @@ int add_names(PyObject *module) {
         const Held kind(Py_BuildValue("(NNi)", labels, per_output, entry.numbers));
         if (!kind || PyDict_SetItemString(losses, entry.name, kind) < 0) return -1;
     }
+    for (const auto &entry : RULES)
+        if (!set_number(rules, entry.name, entry.states)) return -1;
     for (const auto &entry : PLACES)
         if (!set_number(row, entry.name, entry.place)) return -1;
     if (PyDict_SetItemString(names, "activations", activations) < 0 || PyDict_SetItemString(names, "losses", losses) < 0 ||
-        !set_names(names, "rules", RULES) || PyDict_SetItemString(names, "row", row) < 0)
+        PyDict_SetItemString(names, "rules", rules) < 0 || PyDict_SetItemString(names, "row", row) < 0)
         return -1;
     return PyModule_AddObjectRef(module, "NAMES", names);
 }
@@ -216,9 +209,9 @@ constexpr int KEYWORDS = METH_FASTCALL | METH_KEYWORDS;
 const char *const PREPARE = R"(prepare(*, machine, is_double, step, parameters, class_weight, pos_weight): what train takes.
 
 `step` is a Step of kernels/step.py. `parameters` has an object for W1, b1, W2, b2, ..., or None for a missing bias,
-with the addresses `weight`, `first`, `second` and `count`, 0 for none, and whether the count is a `double_count`.
-`class_weight` and `pos_weight` are addresses, or 0. Raises ValueError for a name that is unknown and for sizes that
-make no sense.)";
+with the addresses `weight`, `first`, `second`, `third` and `count`, 0 for none, and whether the count is a
+`double_count`. `class_weight` and `pos_weight` are addresses, or 0. Raises ValueError for a name that is unknown and
+for sizes that make no sense.)";
 
 const char *const TRAIN = R"(train(prepared, *, ...): make steps.
 

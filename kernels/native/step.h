@@ -36,15 +36,24 @@ constexpr struct {
     {"bce_with_logits", false, true, 0}, {"poisson_nll", false, true, 0},
 };
 
-enum RuleName { ADAM, SGD, HEAVY_BALL, NESTEROV };  // HEAVY_BALL is "momentum": MOMENTUM is a place
-constexpr const char *RULES[] = {"adam", "sgd", "momentum", "nesterov"};
+enum RuleName {
+    ADAM, AMSGRAD, NADAM, RADAM, ADAGRAD, RMSPROP, RMSPROP_MOMENTUM, RMSPROP_CENTERED, RMSPROP_CENTERED_MOMENTUM, SGD,
+    HEAVY_BALL, NESTEROV,  // HEAVY_BALL is "momentum": MOMENTUM is a place
+};
+constexpr struct {
+    const char *name;
+    int states;  // so many it keeps of each parameter
+} RULES[] = {
+    {"adam", 2}, {"amsgrad", 3}, {"nadam", 2}, {"radam", 2}, {"adagrad", 1}, {"rmsprop", 1}, {"rmsprop_momentum", 2},
+    {"rmsprop_centered", 2}, {"rmsprop_centered_momentum", 3}, {"sgd", 0}, {"momentum", 1}, {"nesterov", 1},
+};
 
 // The places in a row of the optimizer's table.
 enum Place {
     STEP_SIZE, DECAY, SHRINK, SIGN,
     LOSS_SCALE, MAX_NORM,  // of the step, in the row of the first parameter
     MOMENTUM, UNDAMPED,
-    ROOT = 6, EPS, GRAD_PART, SQUARE_KEPT, SQUARE_PART,
+    ROOT = 6, EPS, GRAD_PART, SQUARE_KEPT, SQUARE_PART, GRAD_STEP,
     ROW,
 };
 constexpr struct {
@@ -54,7 +63,7 @@ constexpr struct {
     {"STEP_SIZE", STEP_SIZE}, {"DECAY", DECAY}, {"SHRINK", SHRINK}, {"SIGN", SIGN},
     {"LOSS_SCALE", LOSS_SCALE}, {"MAX_NORM", MAX_NORM}, {"MOMENTUM", MOMENTUM}, {"UNDAMPED", UNDAMPED},
     {"ROOT", ROOT}, {"EPS", EPS}, {"GRAD_PART", GRAD_PART}, {"SQUARE_KEPT", SQUARE_KEPT}, {"SQUARE_PART", SQUARE_PART},
-    {"ROW", ROW},
+    {"GRAD_STEP", GRAD_STEP}, {"ROW", ROW},
 };
 
 struct Activation {
@@ -77,8 +86,8 @@ struct Rule {
 // A weight or a bias. Null stands for a missing bias, and for state that the rule does not keep.
 template <class T>
 struct Parameter {
-    T *weight, *first, *second;  // the numbers, and their state
-    void *count;                 // of the steps that the optimizer made, a double or a float
+    T *weight, *first, *second, *third;  // the numbers, and their states
+    void *count;                         // of the steps that the optimizer made, a double or a float
     bool double_count;
 };
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fusednn.kernels import mlp_training
 from fusednn.kernels.mlp_training import train_mlp
-from fusednn.kernels.step import ACTIVATIONS, ROW, Activation, Loss, Rule, Step
+from fusednn.kernels.step import ACTIVATIONS, ROW, RULES, SIGN, Activation, Loss, Rule, Step
+from tests.kernels.rules import expected, random_states
 from tests.kernels.test_activations import PYTORCH
 
 INPUTS, HIDDEN, OUTPUTS = 37, 40, 10
@@ -84,9 +85,10 @@ class Net:
             "batch_size": 33, "position": 0, "epoch_rows": len(self.x), "ignore_index": -100, "label_smoothing": 0.0,
             "one_row": bool((table == table[:, :1]).all()),
         }  # fmt: skip
-        weight, states = arguments.pop("class_weight", None), (self.w, self.w) if states is None else states
-        given = (self.x, self.targets, self.order, weight, self.w, *states, table)
-        return train_mlp(self.step if step is None else step, *given, **defaults | arguments)
+        weight, step = arguments.pop("class_weight", None), self.step if step is None else step
+        states = [self.w] * len(RULES[step.rule.name].states) if states is None else states
+        given = (self.x, self.targets, self.order, weight, self.w, states, table)
+        return train_mlp(step, *given, **defaults | arguments)
 
 
 def rows_of(*values: dict[int, float], device: str, dtype: torch.dtype = torch.float64, step: Step = PLAIN) -> Tensor:
@@ -214,27 +216,25 @@ def test_steps_follow_the_order_and_the_table(device: str) -> None:
         assert_near(new, wanted)
 
 
-@pytest.mark.parametrize("options", [(True, True, True), (True, False, False), (False, True, False)])
-def test_each_parameter_has_its_row_and_its_state(device: str, options: tuple[bool, bool, bool]) -> None:
-    """Adam with other numbers for each parameter, from a state that is not zero; what is no option is not read."""
-    net = Net(device)
+RULE_OPTIONS = [Rule("adam", *options) for options in ((True, True, True), (True, False, False), (False, True, False))]
+RULE_OPTIONS += [Rule(name, coupled=True, maximize=True) for name in RULES if name != "adam"]
+
+
+@pytest.mark.parametrize("rule", RULE_OPTIONS, ids=lambda rule: f"{rule.name}{rule[1:]}")
+def test_each_parameter_has_its_row_and_its_states(device: str, rule: Rule, tiles: str) -> None:
+    """Other numbers for each parameter, from states that are not zero; what is no option is not read."""
+    if tiles == "held" and len(RULES[rule.name].states) > mlp_training.MOST_HELD:
+        pytest.skip("a rule with so many states is not held")
+    net, generator = Net(device), torch.Generator().manual_seed(3)
     before, (_, grads) = [p.clone() for p in net.w], net.gradients(net.order[:33])
-    table = torch.rand(1, 4, ROW, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).to(device)
-    table[:, :, 3] = torch.tensor([1.0, -1.0, -1.0, 1.0])
-    firsts, seconds = ([torch.rand_like(p) for p in net.w] for _ in range(2))
-    m, v = [p.clone() for p in firsts], [p.clone() for p in seconds]
-    rule = Rule("adam", *options)
-    net.train(table, PLAIN._replace(rule=rule), (firsts, seconds))
-    table[:, :, 1] *= rule.coupled
-    table[:, :, 2:4] = torch.where(table.new_tensor([rule.decoupled, rule.maximize]) > 0, table[:, :, 2:4], 1.0)
-    for i, old in enumerate(before):
-        step_size, decay, shrink, sign, root, eps, grad_part, kept, part = table[0, i]
-        g = sign * grads[i] + decay * old
-        first = m[i] + grad_part * (g - m[i])
-        second = kept * v[i] + part * g * g
-        assert_near(firsts[i], first)
-        assert_near(seconds[i], second)
-        assert_near(net.w[i], shrink * old - step_size * first / (second.sqrt() * root + eps))
+    table = torch.rand(1, 4, ROW, dtype=torch.float64, generator=generator).to(device)
+    table[:, :, SIGN] = torch.tensor([1.0, -1.0, -1.0, 1.0])
+    states = [random_states(rule, p, generator) for p in net.w]
+    wanted = [expected(rule, table[0, i], p, grads[i], states[i]) for i, p in enumerate(before)]
+    net.train(table, PLAIN._replace(rule=rule), [*zip(*states, strict=True)])
+    for new, state, (w, *after) in zip(net.w, states, wanted, strict=True):
+        assert_near(new, w)
+        assert_near(state, after)
 
 
 @pytest.mark.parametrize("sizes", [(64, 64, 10), (16, 32, 13), (16, 16, 14), (32, 16, 16), (17, 20, 15)])
@@ -261,20 +261,6 @@ def test_no_row_behind_the_last_step_is_read(device: str, steps: int) -> None:
     net.order[sum(sizes[:steps]) :] = 2**40
     losses, _ = net.train(rows_of(*[{0: 0.1}] * steps, device=device))
     assert losses.isfinite().all()
-
-
-@pytest.mark.parametrize("rule", ["momentum", "nesterov"])
-def test_momentum(device: str, rule: str) -> None:
-    net = Net(device)
-    before, (_, grads) = [p.clone() for p in net.w], net.gradients(net.order[:33])
-    firsts = [torch.rand_like(p) for p in net.w]
-    m = [p.clone() for p in firsts]
-    table = rows_of({0: 0.5, 4: 0.75, 5: 0.375}, device=device)
-    net.train(table, PLAIN._replace(rule=Rule(rule)), (firsts, firsts))
-    for i, old in enumerate(before):
-        first = 0.75 * m[i] + 0.375 * grads[i]
-        assert_near(firsts[i], first)
-        assert_near(net.w[i], old - 0.5 * (grads[i] + 0.75 * first if rule == "nesterov" else first))
 
 
 def test_no_rows_that_count(device: str) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from fusednn.dispatch import native
 from fusednn.kernels import step as names
 from fusednn.kernels.step import Activation, Loss, Rule, Step
+from tests.kernels.rules import expected, random_states
 
 pytestmark = pytest.mark.skipif(native is None, reason="the native engine was not built")
 MACHINES: dict[str, int] = {} if native is None else native.machines()
@@ -61,11 +62,12 @@ SCALE = 0.375
 
 @dataclass
 class Parameter:
-    """The addresses of a parameter, its state and its count of steps."""
+    """The addresses of a parameter, its states and its count of steps."""
 
     weight: int
     first: int = 0
     second: int = 0
+    third: int = 0
     count: int = 0
     double_count: bool = False
 
@@ -106,7 +108,7 @@ class Net:
         self.w: list[Tensor | None] = []
         for inputs, outputs, bias in zip(sizes, sizes[1:], biases, strict=False):
             self.w += [random(outputs, inputs) / inputs**0.5, random(outputs) if bias else None]
-        self.m, self.v = ([None if p is None else random(*p.shape).abs() for p in self.w] for _ in range(2))
+        self.states = [[None if p is None else random(*p.shape).abs() for p in self.w] for _ in range(3)]
         self.counts = [torch.zeros((), dtype=[torch.float32, torch.float64][i % 2]) for i in range(len(self.w))]
         self.class_weight: Tensor | None = None
         self.pos_weight: Tensor | None = None
@@ -138,8 +140,8 @@ class Net:
 
     def parameters(self) -> list[Parameter | None]:
         return [
-            None if p is None else Parameter(*map(address, (p, m, v, count)), count.dtype == torch.float64)
-            for p, m, v, count in zip(self.w, self.m, self.v, self.counts, strict=True)
+            None if p is None else Parameter(*map(address, (p, *states, count)), count.dtype == torch.float64)
+            for p, *states, count in zip(self.w, *self.states, self.counts, strict=True)
         ]
 
     def prepare(self, machine: str) -> Any:
@@ -605,29 +607,54 @@ def test_labels_without_weight(machine: str) -> None:
 def test_rules(machine: str, sizes: tuple[int, ...], name: str, flags: tuple[bool, bool, bool]) -> None:
     """From a state that is not zero, with other numbers for each parameter."""
     net = Net(sizes, ["tanh", "identity"], rule=Rule(name, *flags))
-    coupled, decoupled, maximize = flags
     _, grads = net.gradients(net.order[:33])
-    w, m, v = ([p.clone() for p in net.there(of)] for of in (net.w, net.m, net.v))
-    table = torch.rand(1, 4, names.ROW, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    table = torch.rand(1, 4, names.ROW, dtype=torch.float64, generator=generator)
     table[:, :, names.SIGN] = torch.tensor([1.0, -1.0, -1.0, 1.0])
+    states = [random_states(net.step.rule, p, generator) for p in net.there()]
+    net.states = [[state[i] if i < len(state) else None for state in states] for i in range(3)]
+    wanted = [
+        expected(net.step.rule, table[0, i], *of) for i, of in enumerate(zip(net.there(), grads, states, strict=True))
+    ]
     net.train(machine, table)
-    for i, (old, grad) in enumerate(zip(w, grads, strict=True)):
-        row = table[0, i]
-        g = row[names.SIGN] * grad if maximize else grad
-        g = g + row[names.DECAY] * old if coupled else g
-        first, second = m[i], v[i]
-        if name == "adam":
-            first = first + row[names.GRAD_PART] * (g - first)
-            second = row[names.SQUARE_KEPT] * second + row[names.SQUARE_PART] * g * g
-            g = first / (second.sqrt() * row[names.ROOT] + row[names.EPS])
-        elif name != "sgd":
-            first = row[names.MOMENTUM] * first + row[names.UNDAMPED] * g
-            g = first if name == "momentum" else g + row[names.MOMENTUM] * first
-        shrunk = row[names.SHRINK] * old if decoupled else old
-        assert_near(net.w[i], shrunk - row[names.STEP_SIZE] * g)
-        assert_near(net.m[i], first)
-        assert_near(net.v[i], second)
+    for new, state, (w, *after) in zip(net.there(), states, wanted, strict=True):
+        assert_near(new, w)
+        for found, one in zip(state, after, strict=True):
+            assert_near(found, one)
     assert [count.item() for count in net.counts] == [1] * 4
+
+
+STILL = {
+    names.STEP_SIZE: 0.5, names.ROOT: 1.0, names.EPS: 1.0, names.GRAD_PART: 0.0, names.SQUARE_KEPT: 1.0,
+    names.SQUARE_PART: 0.0,
+}  # fmt: skip
+"""Of Adams whose states stay as they are."""
+
+
+@each_machine
+def test_an_amsgrad_that_is_not_a_number_stays_so(machine: str) -> None:
+    """As torch.maximum has it; and a larger one is not taken for one that is."""
+    net = Net((4, 3), ["identity"], rule=Rule("amsgrad"))
+    tops, squares = net.states[2], net.states[1]
+    for states, value in ((tops, math.nan), (squares, math.nan)):
+        for state in net.there(states):
+            state.view(-1)[1 if states is tops else 2] = value
+    net.train(machine, net.table(STILL))
+    for w, top in zip(net.there(), net.there(tops), strict=True):
+        assert w.isnan().view(-1).nonzero().view(-1).tolist() == [1, 2]
+        assert top.isnan().view(-1).nonzero().view(-1).tolist() == [1, 2]
+
+
+@each_machine
+def test_radam_without_a_quotient_does_not_read_the_squares(machine: str) -> None:
+    net = Net((4, 3), ["identity"], rule=Rule("radam"))
+    for state in net.there(net.states[1]):
+        state.fill_(math.inf)
+    before = [p.clone() for p in net.there()]
+    moments = [m.clone() for m in net.there(net.states[0])]
+    net.train(machine, net.table(STILL | {names.ROOT: 0.0}))
+    for old, new, m in zip(before, net.there(), moments, strict=True):
+        assert_near(new, old - 0.5 * m)
 
 
 @each_machine
@@ -703,7 +730,7 @@ def through(net: Net, machine: str, z: Tensor) -> tuple[Tensor, Tensor]:
     the slope.
     """
     table = net.table({names.STEP_SIZE: 0.0, names.MOMENTUM: 0.0, names.UNDAMPED: 1.0})
-    (w1, w2, b2), (dw1, dw2, _) = net.there(), net.there(net.m)
+    (w1, w2, b2), (dw1, dw2, _) = net.there(), net.there(net.states[0])
     net.x.fill_(1)
     net.targets.zero_()
     values, scale = torch.zeros_like(z), torch.zeros_like(z)
@@ -932,9 +959,11 @@ def test_names_are_those_of_the_description() -> None:
     """In the same order."""
     places = [name for name, value in vars(names).items() if name.isupper() and isinstance(value, int)]
     row = {name: getattr(names, name) for name in places if name != "MOST_LAYERS"}
-    expected = {"activations": names.ACTIVATIONS, "losses": names.LOSSES, "rules": names.RULES, "row": row}
+    rules = {name: len(kind.states) for name, kind in names.RULES.items()}
+    expected = {"activations": names.ACTIVATIONS, "losses": names.LOSSES, "rules": rules, "row": row}
     assert expected == native.NAMES
     assert [*LOSSES] == [*native.NAMES["losses"]] == [*names.LOSSES]
+    assert [*native.NAMES["rules"]] == [*rules]
     assert [*ACTIVATIONS] == [*native.NAMES["activations"]] == [*names.ACTIVATIONS]
 
 
@@ -960,8 +989,13 @@ WRONG: dict[str, tuple[Callable[[Net], Any], str]] = {
     "no inputs": (lambda net: {"sizes": (0, 40, 10)}, "no inputs or no outputs"),
     "no outputs": (lambda net: {"sizes": (37, 40, -1)}, "no inputs or no outputs"),
     "biases": (lambda net: {"biases": (True, False)}, "parameters and biases do not agree"),
-    "state": (lambda net: net.m.__setitem__(0, torch.empty(0)) or {"rule": Rule("momentum")}, "has no state"),
-    "second state": (lambda net: net.v.__setitem__(3, torch.empty(0)) or {"rule": Rule("adam")}, "has no state"),
+    "state": (lambda net: net.states[0].__setitem__(0, torch.empty(0)) or {"rule": Rule("momentum")}, "has no state"),
+    "second state": (
+        lambda net: net.states[1].__setitem__(3, torch.empty(0)) or {"rule": Rule("adam")}, "has no state"
+    ),
+    "third state": (
+        lambda net: net.states[2].__setitem__(1, torch.empty(0)) or {"rule": Rule("amsgrad")}, "has no state"
+    ),
     "weight": (lambda net: net.w.__setitem__(2, torch.empty(0)) or {}, "has no numbers"),
 }  # fmt: skip
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fusednn.kernels import activations, cross_entropy, cross_entropy_kernels, linear, mlp_training, updates
 from fusednn.kernels.launch import Launch
-from fusednn.kernels.step import ROW, Activation, Loss, Rule, Step
+from fusednn.kernels.step import ROW, RULES, Activation, Loss, Rule, Step
 from tests.conftest import small_tiles
 
 MODULES = (linear, cross_entropy_kernels, mlp_training, updates)
@@ -215,7 +215,10 @@ def call_training() -> None:
 
     Nets of one to five layers. Without biases W1 stands in for them, and for class weights.
     """
-    kinds = itertools.cycle([(True, "adam", True, 17), (False, "sgd", False, 20), (True, "nesterov", False, 17)])
+    kinds = itertools.cycle([
+        (True, "adam", True, 17), (False, "sgd", False, 20), (True, "rmsprop_centered_momentum", False, 17),
+        (True, "nesterov", False, 17),
+    ])  # fmt: skip
     for sizes in ((18, 19, 5), (18, 5), (18, 19, 17, 20, 17, 5)):
         for layout in LAYOUTS if len(sizes) != 2 else LAYOUTS[:1]:
             call_step(sizes, layout, *next(kinds))
@@ -228,18 +231,17 @@ def call_step(sizes: tuple[int, ...], layout: Any, bias: bool, name: str, everyt
     labels[3], labels[4], labels[5] = -100, 5, -(2**40)
     shapes = [shape for k, n in itertools.pairwise(sizes) for shape in ((n, k), (n,))]
     w = [torch.randn(shape) if bias or len(shape) == 2 else None for shape in shapes]
-    states = [[None if p is None else torch.rand_like(p) for p in w] for _ in range(2)]
+    states = [[None if p is None else torch.rand_like(p) for p in w] for _ in RULES[name].states]
     activations = tuple(Activation(("gelu", "relu")[layer % 2]) for layer in range(layers))
     loss, rule = Loss("cross_entropy", everything, everything, everything), Rule(name, everything, False, everything)
     step = Step(sizes, (bias,) * layers, activations, loss, rule, everything)
     order, table = torch.cat([torch.randperm(20)[3:], torch.randperm(20)[:batch_size]]), torch.rand(2, 2 * layers, ROW)
     mlp_training.train_mlp(
-        step, x, layout(labels), order, torch.rand(5), w, *states, table,
+        step, x, layout(labels), order, torch.rand(5), w, states, table,
         batch_size=batch_size, position=3, epoch_rows=20, ignore_index=-100, label_smoothing=0.1, one_row=False,
     )  # fmt: skip
     at, g = torch.ones(1, dtype=torch.int64), torch.randn(shapes[0])
-    state = (states[0][0], states[1][0]) if name == "adam" else (states[0][0], None) if bias else (None, None)
-    updates.optimizer_step(w[0], *state, g, torch.rand(2, 2, ROW), at, 1, rule)
+    updates.optimizer_step(w[0], [group[0] for group in states], g, torch.rand(2, 2, ROW), at, 1, rule)
 
 
 def main() -> None:

@@ -12,11 +12,22 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import fusednn
 from fusednn import reference, train_steps
+from fusednn.kernels import step as places
 from fusednn.reading import Facts
 from fusednn.training.optimizers import refusal, refusal_now
 from fusednn.training.tables import KernelOptimizer
+from tests.kernels.rules import OPTIMIZERS
 
 from .runs import ROWS, Run, adam, assert_alike, data, net, one_call, train
+
+
+def one_cycle(optimizer: Optimizer) -> Any:
+    """A schedule that changes beta 1 too, where there is one."""
+    return lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=300, cycle_momentum="betas" in optimizer.defaults)
+
+
+LATER = ("amsgrad", "nadam", "radam", "adagrad")
+"""Rules whose numbers depend on the step."""
 
 
 def against(optimizer: Optimizer, parameters: list[Any]) -> str | None:
@@ -36,8 +47,11 @@ def tables(chunks: list[int], make: Callable[[Any], Optimizer], schedule: Any = 
     return torch.cat(taken)
 
 
-@pytest.mark.parametrize("schedule", [None, lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=300)])
-@pytest.mark.parametrize("make", [Adam, lambda p: Adam(p, lr=0.3, betas=(0.93, 0.99), weight_decay=0.1), AdamW])
+@pytest.mark.parametrize("schedule", [None, one_cycle])
+@pytest.mark.parametrize(
+    "make",
+    [Adam, lambda p: Adam(p, lr=0.3, betas=(0.93, 0.99), weight_decay=0.1), AdamW, *map(OPTIMIZERS.get, LATER)],
+)
 def test_no_bit_of_a_step_depends_on_the_chunk_it_is_in(make: Any, schedule: Any) -> None:
     """Else a run would not repeat: how long its chunks are depends on the clock."""
     whole = tables([200], make, schedule)
@@ -48,8 +62,44 @@ def test_no_bit_of_a_step_depends_on_the_chunk_it_is_in(make: Any, schedule: Any
 def test_the_table_is_adams_formula_in_float64() -> None:
     table = tables([3], lambda p: Adam(p, lr=0.3, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.5))
     for t, row in enumerate(table[:, 1].tolist(), 1):
-        step_size, root = 0.3 / (1 - 0.8**t), (1 - 0.9**t) ** -0.5
-        assert row == pytest.approx([step_size, 0.5, 1 - 0.3 * 0.5, 1, root, 1e-3, 0.2, 0.9, 0.1], rel=1e-14)
+        expected = {
+            places.STEP_SIZE: 0.3 / (1 - 0.8**t), places.DECAY: 0.5, places.SHRINK: 1 - 0.3 * 0.5, places.SIGN: 1,
+            places.LOSS_SCALE: 1, places.ROOT: (1 - 0.9**t) ** -0.5, places.EPS: 1e-3, places.GRAD_PART: 0.2,
+            places.SQUARE_KEPT: 0.9, places.SQUARE_PART: 0.1,
+        }  # fmt: skip
+        assert row == pytest.approx([expected.get(place, 0) for place in range(places.ROW)], rel=1e-14)
+
+
+@pytest.mark.parametrize("name", places.RULES)
+def test_scales_and_decays_of_each_step(name: str) -> None:
+    """In one chunk, or one by one, of which some are taken in a hurry; everything else is as without."""
+
+    def rows(chunks: list[int], scales: Any, decays: Any, max_norm: float | None = None) -> Tensor:
+        parameters = [nn.Parameter(torch.ones(size, dtype=torch.float64)) for size in (3, 5)]
+        optimizer = OPTIMIZERS[name](parameters)
+        optimizer.param_groups[0]["weight_decay"] = 0.5
+        taker = KernelOptimizer(optimizer, parameters, None, max_norm)
+        taker.facts = Facts()
+        found, begin = [], 0
+        for steps in chunks:
+            part = slice(begin, begin + steps)
+            found.append(taker.take(steps, scales and scales[part], decays and decays[part]).table)
+            taker.count(steps)
+            assert taker.has_kept() == (name != "nadam" and (len(found) > 1 or name in ("sgd", "adagrad")))
+            begin += steps
+        return torch.cat(found)
+
+    scales, decays = [1.0, 0.5, 2.0, 3.0], [0.25, 1.0, 0.0, 2.0]
+    plain, whole = rows([4], None, None), rows([4], scales, decays, 1.5)
+    assert torch.equal(rows([1] * 4, scales, decays, 1.5), whole)
+    assert (plain[:, :, places.LOSS_SCALE] == 1).all()
+    assert (plain[:, :, places.MAX_NORM] == 0).all()
+    lr = (1 - plain[:, :, places.SHRINK]) / 0.5
+    plain[:, :, places.LOSS_SCALE] = torch.tensor(scales)[:, None]
+    plain[:, :, places.MAX_NORM] = 1.5
+    plain[:, :, places.DECAY] = 0.5 * torch.tensor(decays)[:, None]
+    plain[:, :, places.SHRINK] = 1 - lr * plain[:, :, places.DECAY]
+    torch.testing.assert_close(whole, plain, rtol=1e-15, atol=1e-15)
 
 
 @pytest.mark.parametrize("hook", [False, True], ids=["resident", "looped"])
@@ -271,7 +321,7 @@ REFUSED: dict[str, tuple[Callable[[Any], Optimizer], Callable[[Any, Any], Any], 
     ),
     "Nesterov's and not": (
         lambda p: SGD([{"params": p[:1]}, {"params": p[1:], "nesterov": True}], momentum=0.9), lambda o, p: None,
-        "Nesterov",
+        "different rules: momentum, nesterov",
     ),
 }  # fmt: skip
 

@@ -9,7 +9,9 @@ each step of a chunk, and the count says which. So the graph is replayed as it i
 batches, run the same operations one by one, and come to the same bits.
 """
 
+import operator
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -154,8 +156,9 @@ class Captured:
         now, then = self.taken, self.captured
         assert now is not None
         assert then is not None
-        states = zip(now.firsts + now.seconds, then.firsts + then.seconds, strict=True)
-        return now.rule == then.rule and all(a is b for a, b in states) and self._constants() == self.constants
+        if now.rule != then.rule or self._constants() != self.constants:
+            return False
+        return all(map(operator.is_, chain.from_iterable(now.states), chain.from_iterable(then.states)))
 
     def _constants(self) -> tuple[Any, ...]:
         """What else the graph has: the loss and its numbers, and where parameters and weights lie."""
@@ -186,8 +189,8 @@ class Captured:
                 leaf.grad = g
             nn.utils.clip_grad_norm_(leaves.values(), job.max_grad_norm)
         for index, (w, g) in enumerate(zip(self.trained, gradients, strict=True)):
-            states = taken.firsts[index], taken.seconds[index]
-            optimizer_step(w, *states, g, self.table, self.count, index, taken.rule)
+            states = [state for group in taken.states if (state := group[index]) is not None]
+            optimizer_step(w, states, g, self.table, self.count, index, taken.rule)
         self.traces[0].index_copy_(0, self.count, loss.detach().view(1))
         if job.return_accuracy:
             right = reference.accuracy(outputs.detach(), targets, job.criterion)

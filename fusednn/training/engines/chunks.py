@@ -3,6 +3,7 @@
 import math
 import operator
 from abc import ABC, abstractmethod
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -55,7 +56,7 @@ class Chunks(ABC):
 
     def note_memory(self, taken: Taken) -> None:
         """Note where parameters and state lie."""
-        states, trusts = [state for state in (*taken.firsts, *taken.seconds) if state is not None], self.trusts
+        states, trusts = [state for state in chain.from_iterable(taken.states) if state is not None], self.trusts
         self.trusts = False
         if not trusts or len(states) != len(self.states) or not all(map(operator.is_, states, self.states)):
             self.states = states

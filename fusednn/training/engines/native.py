@@ -8,6 +8,7 @@ tensors in place. It runs in this thread, without the GIL.
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -132,6 +133,7 @@ class Native(Chunks):
             steps=taken.steps,
             **numbers,
         )
+        self.optimizer.keep_products()
         self.has_checked = False
         return losses, losses if accuracies is None else accuracies
 
@@ -145,7 +147,8 @@ class Native(Chunks):
     def _held_of(self, step: Step, taken: Taken) -> "_Held":
         """Parameters, state and the weights of the criterion, where they lie now."""
         job = self.job
-        tensors = (*weights_of(job.criterion), *self.net.places, *taken.firsts, *taken.seconds, *taken.counts)
+        weights, states = weights_of(job.criterion), chain.from_iterable(taken.states)
+        tensors = (*weights, *self.net.places, *states, *taken.counts)
         held, trusts, self.trusts = self.held, self.trusts, False
         same = held is not None and all(map(operator.is_, tensors, held.tensors))  # a state may have been made anew
         if (
@@ -160,11 +163,12 @@ class Native(Chunks):
 
 @dataclass
 class _Parameter:
-    """Where a parameter, its state and the count of its steps lie, which may be a float64; 0 for what is not there."""
+    """Where a parameter, its states and the count of its steps lie, which may be a float64; 0 for what is not there."""
 
     weight: int
     first: int
     second: int
+    third: int
     count: int
     double_count: bool
 
@@ -176,7 +180,7 @@ class _Held:
     """
 
     def __init__(self, tensors: tuple[Tensor | None, ...], step: Step, machine: str, dtype: torch.dtype) -> None:
-        """`tensors` are the weights of classes and of positive targets, parameters, their first and second state, and
+        """`tensors` are the weights of classes and of positive targets, parameters, their states, group by group, and
         their counts of steps.
 
         Raises RuntimeError unless all that the rule needs are there, of the right shape, dtype and memory.
@@ -185,12 +189,15 @@ class _Held:
         now = [None if tensor is None else tensor.detach() for tensor in tensors]
         class_weight, pos_weight, *kept = now
         parameters: list[_Parameter | None] = []
-        for i, (w, m, v, count) in enumerate(zip(*_quarters(kept), strict=True)):
+        for i, (w, *states, count) in enumerate(zip(*_groups(kept, step), strict=True)):
             shape = (step.sizes[i // 2 + 1], step.sizes[i // 2])[: 2 - i % 2]
-            found = None if w is None else _Parameter(
-                _address("parameter", w, dtype, shape),
-                _address("state", m, dtype, shape, step.rule.name != "sgd"),
-                _address("state", v, dtype, shape, step.rule.name == "adam"),
+            if w is None:
+                parameters.append(None)
+                continue
+            kept_states = [_address("state", state, dtype, shape, needed=True) for state in states]
+            first, second, third = (*kept_states, 0, 0, 0)[:3]
+            found = _Parameter(
+                _address("parameter", w, dtype, shape), first, second, third,
                 0 if count is None else _address("count of steps", count, count.dtype, ()),
                 count is not None and count.dtype == torch.float64,
             )  # fmt: skip
@@ -201,8 +208,8 @@ class _Held:
             pos_weight=_address("weight of positive targets", pos_weight, dtype, step.sizes[-1:]),
         )  # fmt: skip
         self.storages = [tensor.untyped_storage() for tensor in now if tensor is not None]
-        self.lists = _lists(*tensors)
-        self.memory = self._memory(*_lists(*now))
+        self.lists = _lists(step, *tensors)
+        self.memory = self._memory(*_lists(step, *now))
 
     def memory_now(self) -> tuple[list[Any], ...]:
         """Where the tensors lie, and how many bytes their storages have."""
@@ -213,20 +220,20 @@ class _Held:
         return *places_of(parameters, states), pointers, sizes
 
 
-def _quarters(tensors: Sequence[Tensor | None]) -> tuple[Sequence[Tensor | None], ...]:
-    """Parameters, their first and second state, their counts."""
-    size = len(tensors) // 4
-    return tuple(tensors[i : i + size] for i in range(0, 4 * size, size))
+def _groups(tensors: Sequence[Tensor | None], step: Step) -> list[Sequence[Tensor | None]]:
+    """Parameters, a group for each state of theirs, their counts."""
+    size = 2 * step.layers
+    return [tensors[i : i + size] for i in range(0, len(tensors), size)]
 
 
 def _lists(
-    class_weight: Tensor | None, pos_weight: Tensor | None, *tensors: Tensor | None
+    step: Step, class_weight: Tensor | None, pos_weight: Tensor | None, *tensors: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Parameters, their state, and the rest of a _Held's tensors, as far as they are there."""
-    parameters, firsts, seconds, counts = _quarters(tensors)
-    parts = parameters, (*firsts, *seconds), (class_weight, pos_weight, *counts)
-    found, states, rest = ([tensor for tensor in part if tensor is not None] for part in parts)
-    return found, states, rest
+    """Parameters, their states, and the rest of a _Held's tensors, as far as they are there."""
+    parameters, *states, counts = _groups(tensors, step)
+    parts = parameters, chain.from_iterable(states), (class_weight, pos_weight, *counts)
+    found, kept, rest = ([tensor for tensor in part if tensor is not None] for part in parts)
+    return found, kept, rest
 
 
 def _address(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], needed: bool = False) -> int:

@@ -59,9 +59,8 @@ class Resident(Chunks):
         job, criterion = self.job, self.job.criterion
         if self.losses and (job.targets.is_cpu or dispatch.checks_labels()):  # on_chunk may have changed them
             check_range(job.targets[order], self.net.sizes[-1], criterion.ignore_index)
-        states = taken.firsts, taken.seconds
         traces = mlp_training.train_mlp(
-            step, x, job.targets, order, criterion.weight, self.net.places, *states, taken.table,
+            step, x, job.targets, order, criterion.weight, self.net.places, taken.states, taken.table,
             batch_size=job.batch_size, one_row=taken.one_row, **numbers,
         )  # fmt: skip
         self.optimizer.count(taken.steps)

@@ -236,7 +236,7 @@ def softplus_slope(z, BETA: tl.constexpr, THRESHOLD: tl.constexpr):
 
 @triton.jit
 def exp(z):
-    """exp z for z <= 0, subnormal values too."""
+    """exp z for z up to where it is infinite, subnormal values too."""
     least: tl.constexpr = -746.0 if z.dtype == tl.float64 else -105.0  # where it is 0
     n, q = reduced_expm1(tl.where(z < least, least, z))
     half = tl.floor(0.5 * n)  # 2ⁿ may be too small for a normal number

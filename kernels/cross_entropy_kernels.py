@@ -66,8 +66,18 @@ def load_masses(
     PROBABILITIES: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTHED: tl.constexpr,
 ):  # fmt: skip
     """The masses a of the classes `offs_c` in each row: of probabilities, or of labels both weighted and smoothed."""
+    t = load(target_ptrs, mask).to(kept.dtype) if PROBABILITIES else kept
+    return masses_of(t, weight_ptr, label, kept, share, smoothing, offs_c, mask, C, PROBABILITIES, WEIGHTED, SMOOTHED)
+
+
+@triton.jit
+def masses_of(
+    t, weight_ptr, label, kept, share, smoothing, offs_c, mask, C,
+    PROBABILITIES: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTHED: tl.constexpr,
+):  # fmt: skip
+    """The same of probabilities t; of labels t is not read."""
     if PROBABILITIES:
-        a = load(target_ptrs, mask).to(kept.dtype)
+        a = t
         if SMOOTHED:
             a = a * (1.0 - from_bits(smoothing)).to(a.dtype) + share
     else:

@@ -12,10 +12,11 @@ import torch
 from .cross_entropy import float_bits
 from .launch import Launch, LaunchConfig, launch, plan
 from .linear import precision_of
+from .losses import weighs
 from .mlp_training_kernels import mlp_training_kernel
 from .mlp_training_on_chip import sums_of
 from .mlp_training_tiles import Data, Tiles, block, fitted
-from .step import ACTIVATIONS, RULES, Step
+from .step import ACTIVATIONS, LOSSES, RULES, Step
 
 CONFIGS = {
     # Of each architecture and precision, rows (most layers, most rows of a batch, most inputs, configuration), the
@@ -120,7 +121,9 @@ def fits_on_chip(config: Config, step: Step, batch: int) -> bool:
 
 def outputs_on_chip(step: Step) -> int:
     """The tile of the outputs, with the sums over the batch that are packed into it."""
-    return int(block(step.sizes[-1] + sums_of(step.loss.weighted, step.accuracy)))
+    loss = step.loss
+    sums = sums_of(weighs(loss.name, loss.weighted, loss.rows_weighted), step.accuracy)
+    return int(block(step.sizes[-1] + sums))
 
 
 def tiles(config: Config, step: Step, batch: int, precision: str, one_row: bool = False, fenced: bool = False) -> Tiles:
@@ -193,14 +196,17 @@ def train_mlp(
     ignore_index: int,
     label_smoothing: float,
     one_row: bool,
+    pos_weight: torch.Tensor | None = None,
+    sample_weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Make a step for each row of `table` [steps, 2 * layers, ROW]; returns losses and accuracies, [steps] each.
 
-    x [N, I] and targets [N], any strides; `order` has the rows of the steps one after the other, int64, and the first
-    step lies `position` rows into its epoch of `epoch_rows`. `weights` are W [sizes[l + 1], sizes[l]] and b
-    [sizes[l + 1]] or None of each layer l, `states` a group of as many for each state that the rule keeps: contiguous,
-    of x's dtype, float32 or float64, and written to. `one_row` says that all parameters have the same row of the table
-    at each step. Accuracies are empty if the step does not ask for them.
+    x [N, I] and targets, labels [N] or numbers [N, O] of x's dtype, any strides; `order` has the rows of the steps one
+    after the other, int64, and the first step lies `position` rows into its epoch of `epoch_rows`. `class_weight` and
+    `pos_weight` [O], contiguous, and `sample_weight` [N] are of x's dtype, and read if the loss says so. `weights` are
+    W [sizes[l + 1], sizes[l]] and b [sizes[l + 1]] or None of each layer l, `states` a group of as many for each state
+    that the rule keeps: contiguous, of x's dtype, float32 or float64, and written to. `one_row` says that all
+    parameters have the same row of the table at each step. Accuracies are empty if the step does not ask for them.
     """
     steps, batch = table.shape[0], min(batch_size, max(1, epoch_rows))
     planned = plan_training(step, batch, architecture_of(x), x.dtype, precision_of(x), one_row)
@@ -211,7 +217,11 @@ def train_mlp(
         tuple(nothing if tensor is None else tensor for tensor in group) or (nothing,)
         for group in (weights, [*chain.from_iterable(states)])
     ]
-    data = Data(x, targets, order, nothing if class_weight is None else class_weight, *x.stride(), *targets.stride())
+    of_loss = [nothing if tensor is None else tensor for tensor in (class_weight, pos_weight, sample_weight)]
+    stride_to = 0 if LOSSES[step.loss.name].labels else targets.stride(1)
+    stride_r = 0 if sample_weight is None else sample_weight.stride(0)
+    strides = (*x.stride(), targets.stride(0), stride_to, stride_r)
+    data = Data._make((x, targets, order, *of_loss, *strides))
     launch(
         mlp_training_kernel, planned, table, data, *groups, hidden or (nothing,), slopes or (nothing,),
         gradients or (nothing,), (losses, accuracies), epoch_rows, batch, position, steps, ignore_index,

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from .activations import BEFORE, reads_before, slope, times_slope, value
-from .losses import load_targets, loss_of
+from .losses import finish_loss, load_targets, loss_of
 from .mlp_training_on_chip import on_chip_steps
 from .mlp_training_products import fence
 from .mlp_training_tiles import fitted, load_x, quotient, step_on
@@ -122,7 +122,7 @@ def forward_tile(
 ):  # fmt: skip
     """Forward of a tile of the batch. Leaves dz of the outputs, not yet divided for the mean; returns sums.
 
-    They are of the losses, of the rows' weights, of dz, of the rows that count and of those that are right.
+    They are of the losses, of the rows' weights, of dz, of what counts and of what is right.
     """
     LAYERS: tl.constexpr = len(STEP.biases)
     O: tl.constexpr = STEP.sizes[LAYERS]
@@ -141,14 +141,14 @@ def forward_tile(
         z = output_tile(data, weights, hidden, slopes, rows, offs_b, mask_b, offs_o, LAYERS - 1, STEP, TILES)
 
     y = value(z, ACTIVATION)
-    targets = load_targets(data, rows, mask_b, ignore_index, O, LOSS, dtype)
-    loss, weight, dy, valid, right = loss_of(y, data, targets, mask_b, offs_o, smoothing, O, LOSS)
+    targets = load_targets(data, rows, mask_b, offs_o, ignore_index, O, LOSS, dtype)
+    loss, weight, dy, counted, right = loss_of(y, data, targets, mask_b, offs_o, smoothing, O, LOSS)
     a = z if reads_before(ACTIVATION.name, BEFORE) else y
     dz = times_slope(dy, slope(a, ACTIVATION), ACTIVATION)
     dz = tl.where(mask_b[:, None] & (offs_o < O)[None, :], dz, 0.0)
     tl.store(gradients[0] + offs_b[:, None] * BLOCK_O + offs_o[None, :], dz, mask=mask_b[:, None])
-    counted, rights = tl.sum(valid.to(dtype)), tl.sum(right.to(dtype))
-    return tl.sum(loss), tl.sum(weight), tl.sum(dz, axis=0), counted, rights
+    counts = tl.sum(counted.to(dtype)), tl.sum(right.to(dtype))
+    return tl.sum(loss), tl.sum(weight), tl.sum(dz, axis=0), counts[0], counts[1]
 
 
 @triton.jit
@@ -360,11 +360,10 @@ def streamed_step(
             loss + loss_b, weight + weight_b, db + db_b, counted + counted_b, right + right_b
         )  # fmt: skip
     losses_ptr, accuracies_ptr = trace
-    tl.store(losses_ptr, loss / weight if STEP.loss.mean else loss)
+    loss, scale = finish_loss(loss, weight, counted, row_ptr, STEP.loss)
+    tl.store(losses_ptr, loss)
     if STEP.accuracy:
         tl.store(accuracies_ptr, quotient(right, counted))
-    one = tl.full((), 1.0, dtype)
-    scale = tl.where(counted > 0, 1.0 / weight, 1.0) if STEP.loss.mean else one  # no rows: no gradient
     tl.debug_barrier()  # hidden and dz are there, and the parameters were read
 
     backward(data, parameters, hidden, slopes, gradients, order_ptr, row_ptr, size, scale, STEP, TILES)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .activations import BEFORE, reads_before, slope, times_slope, value
-from .losses import load_targets, loss_of
+from .losses import finish_loss, load_targets, loss_of, weighs
 from .mlp_training_products import multiply, operand, product, turned
 from .mlp_training_tiles import block, fitted, load_x, ptrs_of, quotient, step_as_given, step_transposed
 from .updates import ROW, load_state, numbers_of, stepped, store_state
@@ -127,7 +127,9 @@ def add_two(a, b, c, d):
 
 
 @triton.jit
-def finish_forward(z, data, targets, mask_b, offs_o, trace, smoothing, STEP: tl.constexpr, TILES: tl.constexpr):
+def finish_forward(
+    z, data, targets, mask_b, offs_o, row_ptr, trace, smoothing, STEP: tl.constexpr, TILES: tl.constexpr
+):
     """From z [O, B] of the last layer to its dz, the sum of that over the batch, and what is yet to be multiplied.
 
     dz is returned as an operand. The losses and what else is summed up are packed into rows of the tile that are no
@@ -137,37 +139,36 @@ def finish_forward(z, data, targets, mask_b, offs_o, trace, smoothing, STEP: tl.
     O: tl.constexpr = STEP.sizes[LAYERS]
     ACTIVATION: tl.constexpr = STEP.activations[LAYERS - 1]
     LOSS: tl.constexpr = STEP.loss
+    WEIGHS: tl.constexpr = weighs(LOSS.name, LOSS.weighted, LOSS.rows_weighted)
     dtype: tl.constexpr = z.dtype
     z = tl.trans(z)
     y = value(z, ACTIVATION)
-    loss, weight, dy, valid, right = loss_of(y, data, targets, mask_b, offs_o, smoothing, O, LOSS)
+    loss, weight, dy, counted, right = loss_of(y, data, targets, mask_b, offs_o, smoothing, O, LOSS)
     a = z if reads_before(ACTIVATION.name, BEFORE) else y
     dz = times_slope(dy, slope(a, ACTIVATION), ACTIVATION)
     dz = tl.where(mask_b[:, None] & (offs_o < O)[None, :], dz, 0.0)
-    if not LOSS.weighted:
+    if not WEIGHS:
         operand_dz = operand(tl.trans(dz), TILES)
 
     packed = tl.where((offs_o == O)[None, :], loss[:, None], dz)
-    packed = tl.where((offs_o == O + 1)[None, :], valid.to(dtype)[:, None], packed)
-    if LOSS.weighted:
+    packed = tl.where((offs_o == O + 1)[None, :], counted.to(dtype)[:, None], packed)
+    if WEIGHS:
         packed = tl.where((offs_o == O + 2)[None, :], weight[:, None], packed)
     if STEP.accuracy:
-        packed = tl.where((offs_o == O + 2 + LOSS.weighted)[None, :], right.to(dtype)[:, None], packed)
+        packed = tl.where((offs_o == O + 2 + WEIGHS)[None, :], right.to(dtype)[:, None], packed)
     sums = tl.sum(packed, axis=0)
     two = tl.where(offs_o == O, sums, 0.0), tl.where(offs_o == O + 1, sums, 0.0)
     total, counted = tl.reduce(two, 0, add_two)
     weights = counted
-    if LOSS.weighted:
+    if WEIGHS:
         weights = tl.sum(tl.where(offs_o == O + 2, sums, 0.0))
     losses_ptr, accuracies_ptr = trace
-    tl.store(losses_ptr, total / weights if LOSS.mean else total)
+    loss, scale = finish_loss(total, weights, counted, row_ptr, LOSS)
+    tl.store(losses_ptr, loss)
     if STEP.accuracy:
-        right = tl.sum(tl.where(offs_o == O + 2 + LOSS.weighted, sums, 0.0))
+        right = tl.sum(tl.where(offs_o == O + 2 + WEIGHS, sums, 0.0))
         tl.store(accuracies_ptr, quotient(right, counted))
-    scale = tl.full((), 1.0, dtype)
-    if LOSS.mean:
-        scale = tl.where(counted > 0, 1.0 / weights, 1.0)  # no rows: no gradient
-    if LOSS.weighted:  # 1 / 0 times what ReLU takes to 0 would be NaN
+    if WEIGHS:  # 1 / 0 times what ReLU takes to 0 would be NaN
         operand_dz = operand(tl.trans(dz * scale), TILES)
         if TILES.fenced:
             tl.debug_barrier()  # the one that Triton makes for the other product's operand is before the fence
@@ -260,7 +261,7 @@ def train_layers(
         if not TILES.held:
             tl.debug_barrier()  # the parameters were read
         numbers = numbers_of(row_ptr, RULE) if TILES.one_row else ()
-        dz, db, scale = finish_forward(z, data, targets, mask_b, offs_n, trace, smoothing, STEP, TILES)
+        dz, db, scale = finish_forward(z, data, targets, mask_b, offs_n, row_ptr, trace, smoothing, STEP, TILES)
     else:
         h = tl.where(mask, value(z, ACTIVATION), 0.0)
         next_a = operand(h, TILES)
@@ -306,6 +307,7 @@ def on_chip_steps(
     I: tl.constexpr = STEP.sizes[0]
     dtype: tl.constexpr = parameters[0][0].dtype.element_ty
     offs_b, offs_i = tl.arange(0, TILES.batch), tl.arange(0, fitted(TILES.inputs, I))
+    offs_o = tl.arange(0, TILES.outputs)
     held = hold(parameters, STEP, TILES)
     rows, size, order_ptr, position = rows_of(data.order, offs_b, steps > 0, epoch_rows, batch_size, position)
     next_rows, next_size, order_ptr, position = rows_of(order_ptr, offs_b, steps > 1, epoch_rows, batch_size, position)
@@ -316,7 +318,7 @@ def on_chip_steps(
             order_ptr, offs_b, step + 2 < steps, epoch_rows, batch_size, position
         )
         mask_b = offs_b < size
-        targets = load_targets(data, rows, mask_b, ignore_index, STEP.sizes[LAYERS], LOSS, dtype)
+        targets = load_targets(data, rows, mask_b, offs_o, ignore_index, STEP.sizes[LAYERS], LOSS, dtype)
         row_ptr, trace = table_ptr + step * (2 * LAYERS * ROW), (traces[0] + step, traces[1] + step)
         a = operand(tl.trans(x), TILES)
         _, _, _, held = train_layers(

@@ -29,15 +29,20 @@ class Tiles(NamedTuple):
 
 
 class Data(NamedTuple):
-    """x [N, I], targets [N], the rows of the steps one by one, and class weights [O], or any tensor for none."""
+    """x [N, I], targets [N] or [N, O], the rows of the steps one by one, weights of classes or outputs [O], of positive
+    targets [O], and of rows [N]; or any tensor for none of these."""
 
     x: Any
     targets: Any
     order: Any
     class_weight: Any
+    pos_weight: Any
+    row_weight: Any
     stride_xm: int
     stride_xi: int
-    stride_t: int
+    stride_tm: int
+    stride_to: int
+    stride_r: int
 
 
 @triton.constexpr_function

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from ... import dispatch
 from ...kernels import mlp_training
-from ...kernels.step import Step
+from ...kernels.step import LOSSES, Step
 from ...ops.cross_entropy import check_range
+from ..criteria import weights_of
 from ..job import Job
 from ..net import Net
 from ..tables import Taken
@@ -57,11 +58,14 @@ class Resident(Chunks):
     ) -> tuple[Tensor, Tensor]:
         """One launch. Raises IndexError before it where labels are looked at, and one of its rows is out of range."""
         job, criterion = self.job, self.job.criterion
-        if self.losses and (job.targets.is_cpu or dispatch.checks_labels()):  # on_chunk may have changed them
+        checked = LOSSES[step.loss.name].labels and (job.targets.is_cpu or dispatch.checks_labels())
+        if self.losses and checked:  # on_chunk may have changed them
             check_range(job.targets[order], self.net.sizes[-1], criterion.ignore_index)
+        class_weight, pos_weight = weights_of(criterion)
         traces = mlp_training.train_mlp(
-            step, x, job.targets, order, criterion.weight, self.net.places, taken.states, taken.table,
-            batch_size=job.batch_size, one_row=taken.one_row, **numbers,
+            step, x, job.targets, order, class_weight, self.net.places, taken.states, taken.table,
+            batch_size=job.batch_size, one_row=taken.one_row, pos_weight=pos_weight, sample_weight=job.sample_weight,
+            **numbers,
         )  # fmt: skip
         self.optimizer.count(taken.steps)
         return traces

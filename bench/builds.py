@@ -188,13 +188,14 @@ class Kind(NamedTuple):
     accuracy: bool = False
     hidden: str = "relu"
     last: str = "identity"
+    clipped: bool = False
 
     def step(self, sizes: tuple[int, ...]) -> Step:
         """The step of a net of these sizes."""
         layers = len(sizes) - 1
         names = [self.hidden] * (layers - 1) + [self.last]
         activations = tuple(Activation(name, NUMBERS.get(name, ())) for name in names)
-        return Step(sizes, (True,) * layers, activations, self.loss, self.rule, self.accuracy)
+        return Step(sizes, (True,) * layers, activations, self.loss, self.rule, self.accuracy, self.clipped)
 
 
 DEFAULT = Kind("default")
@@ -205,8 +206,10 @@ OTHER_RULES = [
     Kind(name, rule=Rule(name)) for name in ("amsgrad", "nadam", "radam", "adagrad", "rmsprop_centered_momentum")
 ]
 CENTERED = Kind("rmsprop_centered coupled", rule=Rule("rmsprop_centered", True, False, True))
+CLIPPED = Kind("clipped", clipped=True)
 ACTIVATED = [Kind(name, hidden=name) for name in ACTIVATIONS if name != "relu"] + [Kind("tanh behind", last="tanh")]
-KINDS = {kind.name: kind for kind in (DEFAULT, EVERYTHING, NESTEROV, ADAMW, *OTHER_RULES, CENTERED, *ACTIVATED)}
+NAMED = (DEFAULT, EVERYTHING, NESTEROV, ADAMW, CLIPPED, *OTHER_RULES, CENTERED, *ACTIVATED)
+KINDS = {kind.name: kind for kind in NAMED}
 
 
 MOST_STACK = {torch.float32: 1300, torch.float64: 192}
@@ -231,6 +234,7 @@ def training_calls(dtype: torch.dtype) -> Iterator[tuple[str, int, Any]]:
     else:
         cases += [(NETS[0], 32, NESTEROV), (NETS[0], 32, ADAMW), (NETS[0], 8, DEFAULT)]
         cases += [((100, 96, 100), 32, EVERYTHING)]
+        cases += [(sizes, batch, CLIPPED) for sizes, batch in ((NETS[0], 32), (NETS[0], 256), (OTHER_DEPTHS[1], 32))]
         larger = [(NETS[0], 64), (NETS[0], 128), (NETS[2], 128), (NETS[-1], 128)]  # on chip on some
         cases += [(sizes, batch, kind) for sizes, batch in larger for kind in (DEFAULT, EVERYTHING)]
         cases += deep + [(NETS[0], 32, kind) for kind in (*OTHER_RULES, CENTERED, *ACTIVATED)]

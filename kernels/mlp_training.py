@@ -15,7 +15,7 @@ from .linear import precision_of
 from .losses import weighs
 from .mlp_training_kernels import mlp_training_kernel
 from .mlp_training_on_chip import sums_of
-from .mlp_training_tiles import Data, Tiles, block, fitted
+from .mlp_training_tiles import Data, Tiles, block, fitted, gradient_at
 from .step import ACTIVATIONS, LOSSES, RULES, Step
 
 CONFIGS = {
@@ -111,11 +111,11 @@ def choose(step: Step, batch: int, architecture: str, precision: str) -> Config:
 
 
 def fits_on_chip(config: Config, step: Step, batch: int) -> bool:
-    """Whether the batch, each hidden layer and the last W are one tile each."""
+    """Whether the batch, each hidden layer and the last W are one tile each. No clipped step is held."""
     hidden = max(step.sizes[1:-1], default=1)
     tile = config[2] if "whole" in config[0] else block(hidden)
     fits = batch <= config[1] and hidden <= config[2] and tile * outputs_on_chip(step) <= MOST_WEIGHTS
-    can_hold = step.sizes[0] <= config[3] and len(RULES[step.rule.name].states) <= MOST_HELD
+    can_hold = step.sizes[0] <= config[3] and len(RULES[step.rule.name].states) <= MOST_HELD and not step.clipped
     return fits and ("held" not in config[0] or can_hold)
 
 
@@ -169,15 +169,20 @@ def plan_training(
 
 
 def buffers(x: torch.Tensor, step: Step, batch: int, cut: Tiles) -> tuple[tuple[torch.Tensor, ...], ...]:
-    """What a streamed step hands from one part to the next: hidden, slopes and gradients; on chip nothing."""
+    """What a step hands from one part to the next: hidden, slopes and gradients.
+
+    On chip nothing, but the gradients of all parameters where it is clipped; these are last in gradients.
+    """
+    all_gradients = gradient_at(2 * step.layers, step.sizes, step.biases)
+    stored = (x.new_empty(all_gradients),) if step.clipped else ()
     if cut.on_chip:
-        return (), (), ()
+        return (), (), stored
     hidden = tuple(x.new_empty(batch, size) for size in step.sizes[1:-1])
     before = (ACTIVATIONS[activation.name].before for activation in step.activations)
     slopes = tuple(torch.empty_like(h) if kept else h for h, kept in zip(hidden, before, strict=False))
     widest = max(step.sizes[1:-2], default=0)  # of the layers whose dz comes in no place of values
     turns = tuple(x.new_empty(batch, widest) for _ in range(min(2, step.layers - 2)))
-    return hidden, slopes, (x.new_empty(batch, cut.outputs), *turns)
+    return hidden, slopes, (x.new_empty(batch, cut.outputs), *turns, *stored)
 
 
 def train_mlp(

@@ -16,6 +16,9 @@ are one tile: the step is streamed. What it hands from one part to the next then
                 more than keeping them: several warps hold the operands of a product, and each would compute all of it
     gradients   dz of the outputs; and two buffers that dz of all layers but the last two takes in turns
 
+Where a step is clipped, the last of `gradients` has those of all parameters, also of steps that stay on chip: the norm
+is known only when all are there, and then each parameter's step is made, tile by tile.
+
 Nothing is added up in an order that could change, so the bits repeat.
 
 One program has several threads, and each barrier below stands between a store and a load of the same memory by others.
@@ -28,7 +31,7 @@ from .activations import BEFORE, reads_before, slope, times_slope, value
 from .losses import finish_loss, load_targets, loss_of
 from .mlp_training_on_chip import on_chip_steps
 from .mlp_training_products import fence
-from .mlp_training_tiles import fitted, load_x, quotient, step_on
+from .mlp_training_tiles import fitted, load_x, quotient, step_on, step_on_all
 from .updates import ROW
 
 
@@ -370,6 +373,8 @@ def streamed_step(
     if STEP.biases[LAYERS - 1]:
         offs_o = tl.arange(0, BLOCK_O)
         step_on(parameters, 2 * LAYERS - 1, offs_o, offs_o < O, db * scale, row_ptr, STEP)
+    if STEP.clipped:
+        step_on_all(parameters, row_ptr, STEP)
 
 
 @triton.jit
@@ -402,7 +407,7 @@ def mlp_training_kernel(
     weights are W1, b1, W2, ..., and states the first state of each, then the second of each, as many as the rule keeps;
     traces the losses and the accuracies. The table has a row for each step and parameter.
     """
-    parameters = (weights, states)
+    parameters = (weights, states, gradients[-1])
     if TILES.on_chip:
         on_chip_steps(
             table_ptr, data, parameters, traces, epoch_rows, batch_size, position, steps, ignore_index, smoothing,

@@ -20,7 +20,7 @@ import triton.language as tl
 from .activations import BEFORE, reads_before, slope, times_slope, value
 from .losses import finish_loss, load_targets, loss_of, weighs
 from .mlp_training_products import multiply, operand, product, turned
-from .mlp_training_tiles import block, fitted, load_x, ptrs_of, quotient, step_as_given, step_transposed
+from .mlp_training_tiles import block, fitted, load_x, ptrs_of, quotient, step_as_given, step_on_all, step_transposed
 from .updates import ROW, load_state, numbers_of, stepped, store_state
 
 
@@ -258,7 +258,7 @@ def train_layers(
     bias, behind = (), ()
     z, w = linear(data, parameters[0], held, a, rows, mask_b, LAYER, STEP, TILES)
     if LAYER == LAST:
-        if not TILES.held:
+        if not TILES.held and not STEP.clipped:
             tl.debug_barrier()  # the parameters were read
         numbers = numbers_of(row_ptr, RULE) if TILES.one_row else ()
         dz, db, scale = finish_forward(z, data, targets, mask_b, offs_n, row_ptr, trace, smoothing, STEP, TILES)
@@ -324,6 +324,8 @@ def on_chip_steps(
         _, _, _, held = train_layers(
             data, parameters, held, a, rows, targets, mask_b, row_ptr, trace, smoothing, 0, STEP, TILES
         )
+        if STEP.clipped:
+            step_on_all(parameters, row_ptr, STEP)
         if not TILES.held:
             tl.debug_barrier()  # the parameters are there
         x, rows, size = next_x, next_rows, next_size

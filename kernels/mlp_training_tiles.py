@@ -5,7 +5,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .updates import ROW, numbers_of, update
+from .updates import MAX_NORM, ROW, numbers_of, update
+
+MOST_FLAT = tl.constexpr(2048)
+"""Elements of all parameters that a clipped step updates at once. Unmeasured."""
 
 
 class Tiles(NamedTuple):
@@ -57,6 +60,19 @@ def fitted(most, size):
     return min(most, block(size))
 
 
+@triton.constexpr_function
+def elements(parameter, sizes, biases):
+    """Of a parameter, whose order is W1, b1, W2, b2, ...; 0 of a bias that is not there."""
+    layer = parameter // 2
+    return sizes[layer + 1] * (biases[layer] if parameter % 2 else sizes[layer])
+
+
+@triton.constexpr_function
+def gradient_at(parameter, sizes, biases):
+    """Where the gradient of a parameter begins in the buffer that has one behind the other."""
+    return sum([elements(before, sizes, biases) for before in range(parameter)])
+
+
 @triton.jit
 def load_x(data, rows, mask_b, offs_i, I: tl.constexpr):
     """Inputs `offs_i` of rows of x: [BLOCK_B, BLOCK_I]."""
@@ -73,7 +89,7 @@ def quotient(a, b):
 @triton.jit
 def ptrs_of(parameters, PARAMETER: tl.constexpr):
     """Where a parameter lies, and its states: of each state there are as many as of parameters, or none at all."""
-    weights, states = parameters
+    weights, states, _ = parameters
     ptrs = (weights[PARAMETER],)
     for group in tl.static_range(len(states) // len(weights)):
         ptrs = ptrs + (states[group * len(weights) + PARAMETER],)  # type: ignore[assignment]  # it grows
@@ -104,5 +120,46 @@ def step_transposed(parameters, PARAMETER: tl.constexpr, offs, mask, g, numbers,
 
 @triton.jit
 def step_as_given(parameters, PARAMETER: tl.constexpr, offs, mask, g, numbers, STEP: tl.constexpr):
-    """`step_transposed` of a gradient that is transposed already."""
-    update(ptrs_of(parameters, PARAMETER), offs, mask, g, numbers, STEP.rule)
+    """`step_transposed` of a gradient that is transposed already. Of a clipped step it is only kept."""
+    if STEP.clipped:
+        tl.store(parameters[2] + gradient_at(PARAMETER, STEP.sizes, STEP.biases) + offs, g, mask=mask)
+    else:
+        update(ptrs_of(parameters, PARAMETER), offs, mask, g, numbers, STEP.rule)
+
+
+@triton.jit
+def clip(kept_ptr, row_ptr, SIZE: tl.constexpr):
+    """What SIZE gradients are multiplied by, so that their norm is MAX_NORM at most; NaN if one is NaN."""
+    BLOCK: tl.constexpr = fitted(MOST_FLAT, SIZE)
+    squares = tl.zeros((BLOCK,), kept_ptr.dtype.element_ty)
+    for first in range(0, SIZE, BLOCK):
+        offs = first + tl.arange(0, BLOCK)
+        g = tl.load(kept_ptr + offs, mask=offs < SIZE, other=0.0)
+        squares += g * g
+    factor = quotient(tl.load(row_ptr + MAX_NORM), tl.sqrt(tl.sum(squares)) + 1e-6)
+    return tl.where(factor > 1.0, 1.0, factor)
+
+
+@triton.jit
+def step_on_flat(parameters, PARAMETER: tl.constexpr, factor, row_ptr, STEP: tl.constexpr):
+    """The optimizer's step on all elements of a parameter, whose kept gradients are multiplied by `factor`."""
+    RULE: tl.constexpr = STEP.rule
+    SIZE: tl.constexpr = elements(PARAMETER, STEP.sizes, STEP.biases)
+    BLOCK: tl.constexpr = fitted(MOST_FLAT, SIZE)
+    numbers = numbers_of(row_ptr + PARAMETER * ROW, RULE)
+    g_ptr = parameters[2] + gradient_at(PARAMETER, STEP.sizes, STEP.biases)
+    for first in tl.range(0, SIZE, BLOCK, num_stages=1):
+        offs = first + tl.arange(0, BLOCK)
+        mask = offs < SIZE
+        g = tl.load(g_ptr + offs, mask=mask, other=0.0) * factor
+        update(ptrs_of(parameters, PARAMETER), offs, mask, g, numbers, RULE)
+
+
+@triton.jit
+def step_on_all(parameters, row_ptr, STEP: tl.constexpr):
+    """The optimizer's step on all parameters, whose kept gradients it clips as torch.nn.utils.clip_grad_norm_ does."""
+    PARAMETERS: tl.constexpr = 2 * len(STEP.biases)
+    tl.debug_barrier()  # all gradients are there, and the parameters were read
+    factor = clip(parameters[2], row_ptr, gradient_at(PARAMETERS, STEP.sizes, STEP.biases))
+    for parameter in tl.static_range(PARAMETERS):
+        step_on_flat(parameters, parameter, factor, row_ptr, STEP)

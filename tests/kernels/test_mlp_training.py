@@ -11,7 +11,9 @@ from torch import Tensor
 
 from fusednn.kernels import mlp_training
 from fusednn.kernels.mlp_training import train_mlp
-from fusednn.kernels.step import ACTIVATIONS, ROW, RULES, SIGN, Activation, Loss, Rule, Step
+from fusednn.kernels.step import (
+    ACTIVATIONS, MAX_NORM, MOMENTUM, ROW, RULES, SIGN, UNDAMPED, Activation, Loss, Rule, Step,
+)  # fmt: skip
 from tests.kernels.rules import expected, random_states
 from tests.kernels.test_activations import PYTORCH
 
@@ -35,13 +37,14 @@ WAYS: dict[str, mlp_training.Config] = {
     "on chip": ("columns", 64, 64, 64, 4, 1), "on chip, as rows": ("rows", 64, 64, 16, 4, 1),
     "held": ("held", 64, 64, 64, 4, 1), "on chip, whole": ("columns whole", 64, 64, 64, 4, 1),
 }  # fmt: skip
-"""Configurations: "as rows" has several tiles of the inputs."""
+"""Configurations: "as rows" has several tiles of the inputs. Where one does not hold, steps are on chip, or several."""
 
 
 @pytest.fixture(params=WAYS, autouse=True)
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     for key in mlp_training.CONFIGS:
-        monkeypatch.setitem(mlp_training.CONFIGS, key, ((None, None, None, WAYS[request.param]),))
+        rows = [(None, None, None, WAYS[name]) for name in (request.param, "on chip", "several")]
+        monkeypatch.setitem(mlp_training.CONFIGS, key, tuple(rows))
     mlp_training.plan_training.cache_clear()
     yield request.param
     mlp_training.plan_training.cache_clear()
@@ -114,6 +117,16 @@ def assert_gradients(device: str, step: Step, batch_size: int = 33) -> None:
     for old, new, grad in zip(before, net.w, grads, strict=True):
         if old is not None:
             assert_near(old - new, grad)
+
+
+def clip(grads: Sequence[Any], limit: float) -> list[Any]:
+    """Gradients clipped by PyTorch."""
+    holders = [None if grad is None else torch.nn.Parameter(torch.zeros_like(grad)) for grad in grads]
+    for holder, grad in zip(holders, grads, strict=True):
+        if holder is not None:
+            holder.grad = grad.clone()
+    torch.nn.utils.clip_grad_norm_([holder for holder in holders if holder is not None], limit)
+    return [None if holder is None else holder.grad for holder in holders]
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -220,9 +233,12 @@ RULE_OPTIONS = [Rule("adam", *options) for options in ((True, True, True), (True
 RULE_OPTIONS += [Rule(name, coupled=True, maximize=True) for name in RULES if name != "adam"]
 
 
+@pytest.mark.parametrize("clipped", [False, True])
 @pytest.mark.parametrize("rule", RULE_OPTIONS, ids=lambda rule: f"{rule.name}{rule[1:]}")
-def test_each_parameter_has_its_row_and_its_states(device: str, rule: Rule, tiles: str) -> None:
+def test_each_parameter_has_its_row_and_its_states(device: str, rule: Rule, clipped: bool, tiles: str) -> None:
     """Other numbers for each parameter, from states that are not zero; what is no option is not read."""
+    if clipped and rule.name not in ("adam", "amsgrad", "momentum"):
+        pytest.skip("some are enough")
     if tiles == "held" and len(RULES[rule.name].states) > mlp_training.MOST_HELD:
         pytest.skip("a rule with so many states is not held")
     net, generator = Net(device), torch.Generator().manual_seed(3)
@@ -230,8 +246,9 @@ def test_each_parameter_has_its_row_and_its_states(device: str, rule: Rule, tile
     table = torch.rand(1, 4, ROW, dtype=torch.float64, generator=generator).to(device)
     table[:, :, SIGN] = torch.tensor([1.0, -1.0, -1.0, 1.0])
     states = [random_states(rule, p, generator) for p in net.w]
+    grads = clip(grads, table[0, 0, MAX_NORM].item()) if clipped else grads
     wanted = [expected(rule, table[0, i], p, grads[i], states[i]) for i, p in enumerate(before)]
-    net.train(table, PLAIN._replace(rule=rule), [*zip(*states, strict=True)])
+    net.train(table, PLAIN._replace(rule=rule, clipped=clipped), [*zip(*states, strict=True)])
     for new, state, (w, *after) in zip(net.w, states, wanted, strict=True):
         assert_near(new, w)
         assert_near(state, after)
@@ -261,6 +278,42 @@ def test_no_row_behind_the_last_step_is_read(device: str, steps: int) -> None:
     net.order[sum(sizes[:steps]) :] = 2**40
     losses, _ = net.train(rows_of(*[{0: 0.1}] * steps, device=device))
     assert losses.isfinite().all()
+
+
+@pytest.mark.parametrize("sizes", [DEPTHS[1], (64, 40, 10), DEPTHS[3], DEPTHS[4]])
+def test_clipped_steps(device: str, sizes: tuple[int, ...]) -> None:
+    """Three steps with momentum, whose norms are above the limit, below it and above; the second layer has no bias."""
+    names = ("tanh", "gelu", "relu", "identity")[-len(sizes) + 1 :]
+    step = describe(sizes, names, [layer != 1 for layer in range(len(names))], rule=Rule("momentum"), clipped=True)
+    net, expected = Net(device, step), Net(device, step)
+    momenta, wanted = ([None if p is None else torch.zeros_like(p) for p in net.w] for _ in range(2))
+    table, beyond = [], []
+    for limit, rows in zip((0.25, 1e3, 0.125), net.order[:48].split(16), strict=True):
+        _, grads = expected.gradients(rows)
+        beyond.append(sum(grad.square().sum() for grad in grads if grad is not None).sqrt() > limit)
+        table.append({0: 0.5, MAX_NORM: limit, MOMENTUM: 0.75, UNDAMPED: 1.0})
+        for i, grad in enumerate(clip(grads, limit)):
+            if grad is not None:
+                wanted[i] = 0.75 * wanted[i] + grad
+                expected.w[i] = expected.w[i] - 0.5 * wanted[i]
+    net.train(rows_of(*table, device=device, step=step), batch_size=16, states=(momenta,))
+    assert beyond == [True, False, True]
+    for new, old in zip([*net.w, *momenta], [*expected.w, *wanted], strict=True):
+        if new is not None:
+            assert_near(new, old)
+
+
+@pytest.mark.parametrize("value", [1.5e308, 1e200, float("nan")])
+def test_clipping_what_has_no_norm(device: str, value: float) -> None:
+    """Gradients of which some are infinite, finite ones whose squares are not, and NaN."""
+    step = describe((4, 3), ["identity"], clipped=True, loss=Loss("cross_entropy", mean=False))
+    net = Net(device, step)
+    net.x[:, 1], net.targets[:] = value, 2
+    net.w[0].zero_()
+    before, (_, grads) = [p.clone() for p in net.w], net.gradients(net.order[:33], reduction="sum")
+    net.train(rows_of({0: 1.0, MAX_NORM: 1.0}, device=device, step=step))
+    for old, new, grad in zip(before, net.w, clip(grads, 1.0), strict=True):
+        torch.testing.assert_close(old - new, grad, rtol=1e-11, atol=1e-12, equal_nan=True)
 
 
 def test_no_rows_that_count(device: str) -> None:
@@ -389,6 +442,7 @@ def test_what_is_on_chip(tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cut((64, 64, 14), 32, accuracy=True)[:7] == (32, 64, 64, 32, True, *plain)
     assert cut((64, 64, 14), 32, loss=Loss("cross_entropy", weighted=True)).outputs == 32
     assert cut((784, 128, 10), 128).on_chip
+    assert cut((64, 128, 10), 32, clipped=True)[:9] == (32, 128, 64, 16, True, *plain, False, False)  # and not held
     assert not cut((64, 128, 10), 129).on_chip
     assert not cut((64, 129, 10), 32).on_chip
     for precision, most in (("tf32", 64), ("ieee", 32)):  # rows of a batch whose parameters are held

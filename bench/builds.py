@@ -175,6 +175,9 @@ OTHER_DEPTHS = [
 ]  # fmt: skip
 """And of those without, or with more."""
 
+MANY_OUTPUTS = [((384, 1000), 128, "default"), ((64, 128, 1000), 32, "all options")]
+"""Outputs in several tiles."""
+
 NUMBERS = {"leaky_relu": (0.01,), "elu": (1.0,), "softplus": (1.0, 20.0)}
 """PyTorch's own of the activations that have any."""
 
@@ -235,6 +238,7 @@ def training_calls(dtype: torch.dtype) -> Iterator[tuple[str, int, Any]]:
         cases += [(NETS[0], 32, NESTEROV), (NETS[0], 32, ADAMW), (NETS[0], 8, DEFAULT)]
         cases += [((100, 96, 100), 32, EVERYTHING)]
         cases += [(sizes, batch, CLIPPED) for sizes, batch in ((NETS[0], 32), (NETS[0], 256), (OTHER_DEPTHS[1], 32))]
+        cases += [(sizes, batch, KINDS[name]) for sizes, batch, name in MANY_OUTPUTS]
         larger = [(NETS[0], 64), (NETS[0], 128), (NETS[2], 128), (NETS[-1], 128)]  # on chip on some
         cases += [(sizes, batch, kind) for sizes, batch in larger for kind in (DEFAULT, EVERYTHING)]
         cases += deep + [(NETS[0], 32, kind) for kind in (*OTHER_RULES, CENTERED, *ACTIVATED)]

@@ -217,6 +217,33 @@ def cross_entropy_kernel(
         store(grad_ptr + g_offs, grad, mask)
 
 
+@triton.jit
+def no_block(BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, dtype: tl.constexpr):
+    """What :func:`add_block` has of rows before their first block."""
+    zero = tl.zeros((BLOCK_M,), dtype)
+    return tl.full((BLOCK_M,), float("-inf"), dtype), zero, tl.zeros((BLOCK_M, BLOCK_C), dtype), zero, zero
+
+
+@triton.jit
+def add_block(sums, x, a, share, c, mask, MASSES: tl.constexpr, SMOOTHED: tl.constexpr):
+    """The maximum m of rows and their other sums with a block more, from column c on; what is no logit is -inf.
+
+    They are what is subtracted, m, or 0 while that is -inf; exponentials under it, each lane of a block for itself; the
+    masses, where there are MASSES; and Σ a (x - base), without MASSES only of what smoothing gives to all classes.
+    """
+    m, base, totals, mass, spread = sums
+    new_m = tl.maximum(m, tl.max(x, axis=1))
+    new_base = tl.where(new_m == float("-inf"), 0.0, new_m)
+    totals = totals * tl.exp(m - new_base)[:, None] + tl.exp(x - new_base[:, None])
+    if MASSES:
+        spread += mass * (base - new_base) + tl.sum(tl.where(mask, a * (x - new_base[:, None]), 0.0), axis=1)
+        mass += tl.sum(a, axis=1)
+    elif SMOOTHED:
+        in_block = tl.sum(tl.where(mask, x - new_base[:, None], 0.0), axis=1)
+        spread += c * share * (base - new_base) + share * in_block
+    return new_m, new_base, totals, mass, spread
+
+
 @triton.jit(do_not_specialize=["M", "ignore_index", "smoothing", "counts"])
 def long_cross_entropy_kernel(
     x_ptr, target_ptr, weight_ptr, loss_ptr, statistics_ptr, total_ptr, M, C, D, x_strides, t_strides,
@@ -241,30 +268,20 @@ def long_cross_entropy_kernel(
     )
     kept, share = split_smoothing(weight, smoothing, C, SMOOTHED)
 
-    m = tl.full((BLOCK_M,), float("-inf"), dtype)
-    base = tl.zeros((BLOCK_M,), dtype)  # what is subtracted: the maximum, or 0 while that is -inf
-    totals = tl.zeros((BLOCK_M, BLOCK_C), dtype)
-    mass = tl.zeros((BLOCK_M,), dtype)
-    spread = tl.zeros((BLOCK_M,), dtype)  # Σ a (x - base)
+    sums = no_block(BLOCK_M, BLOCK_C, dtype)
     for c in range(0, C, BLOCK_C):
         offs_c = c + tl.arange(0, BLOCK_C)
         mask = mask_m[:, None] & (offs_c < C)[None, :]
         steps = offs_c.to(tl.int64)[None, :]
         x = load(x_rows + steps * x_strides[1], mask, other=float("-inf")).to(dtype)
-        new_m = tl.maximum(m, tl.max(x, axis=1))
-        new_base = tl.where(new_m == float("-inf"), 0.0, new_m)
-        totals = totals * tl.exp(m - new_base)[:, None] + tl.exp(x - new_base[:, None])
+        a = x
         if MASSES:
             a = load_masses(
                 t_rows + steps * t_strides[1], weight_ptr, label, kept, share, smoothing, offs_c, mask, C,
                 PROBABILITIES, WEIGHTED, SMOOTHED,
             )  # fmt: skip
-            spread += mass * (base - new_base) + tl.sum(tl.where(mask, a * (x - new_base[:, None]), 0.0), axis=1)
-            mass += tl.sum(a, axis=1)
-        elif SMOOTHED:
-            in_block = tl.sum(tl.where(mask, x - new_base[:, None], 0.0), axis=1)
-            spread += c * share * (base - new_base) + share * in_block
-        m, base = new_m, new_base
+        sums = add_block(sums, x, a, share, c, mask, MASSES, SMOOTHED)
+    m, _, totals, mass, spread = sums
     total_exp = tl.sum(totals, axis=1)
 
     if not MASSES:

@@ -40,6 +40,18 @@ def weighs(name, weighted, rows_weighted):
     return rows_weighted or (weighted and name == "cross_entropy")
 
 
+@triton.constexpr_function
+def is_softmax(name):
+    """Whether a loss is cross entropy."""
+    return name in ("cross_entropy", "cross_entropy_probabilities")
+
+
+@triton.constexpr_function
+def has_masses(name, weighted, smoothed):
+    """Whether each class of a row has a mass of its own, of cross entropy."""
+    return name == "cross_entropy_probabilities" or (weighted and smoothed)
+
+
 @triton.jit
 def load_targets(
     data, rows, mask_b, offs_o, ignore_index, OUTPUTS: tl.constexpr, LOSS: tl.constexpr, dtype: tl.constexpr
@@ -72,7 +84,7 @@ def loss_of(y, data, targets, mask_b, offs_o, smoothing, OUTPUTS: tl.constexpr, 
     the losses, without the mean's division.
     """
     numbers, labels, row_weight = targets
-    if LOSS.name == "cross_entropy" or LOSS.name == "cross_entropy_probabilities":
+    if is_softmax(LOSS.name):
         found = cross_entropy(y, numbers, data, labels, mask_b, offs_o, smoothing, OUTPUTS, LOSS)
     else:
         found = sum_outputs(y, numbers, data, mask_b, offs_o, OUTPUTS, LOSS)
@@ -98,17 +110,13 @@ def finish_loss(total, weights, counted, row_ptr, LOSS: tl.constexpr):
 def cross_entropy(y, t, data, labels, mask_b, offs_o, smoothing, OUTPUTS: tl.constexpr, LOSS: tl.constexpr):
     """-log softmax(y) at the label, or times the masses of probabilities t, as cross_entropy_kernels.py says."""
     PROBABILITIES: tl.constexpr = LOSS.name == "cross_entropy_probabilities"
-    MASSES: tl.constexpr = PROBABILITIES or (LOSS.weighted and LOSS.smoothed)
+    MASSES: tl.constexpr = has_masses(LOSS.name, LOSS.weighted, LOSS.smoothed)
     mask_o = offs_o < OUTPUTS
     mask = mask_b[:, None] & mask_o[None, :]
     label, weight, valid, in_range = labels
-    kept, share = split_smoothing(weight, smoothing, OUTPUTS, LOSS.smoothed)
-    a, mass = y, weight
+    kept, share, a = masses_of_labels(y, t, data, labels, mask, offs_o, smoothing, OUTPUTS, LOSS)
+    mass = weight
     if MASSES:
-        a = masses_of(
-            t, data.class_weight, label, kept, share, smoothing, offs_o, mask, OUTPUTS, PROBABILITIES, LOSS.weighted,
-            LOSS.smoothed,
-        )  # fmt: skip
         mass = tl.sum(a, axis=1)
 
     y = tl.where(mask_o[None, :], y, float("-inf"))
@@ -118,6 +126,19 @@ def cross_entropy(y, t, data, labels, mask_b, offs_o, smoothing, OUTPUTS: tl.con
     if PROBABILITIES:
         label = first_largest(tl.where(mask_o[None, :], t, float("-inf")))
     return finish_losses(loss, valid, in_range), weight, dy, valid, valid & (first_largest(y) == label)
+
+
+@triton.jit
+def masses_of_labels(y, t, data, labels, mask, offs_o, smoothing, OUTPUTS: tl.constexpr, LOSS: tl.constexpr):
+    """What the label of each row keeps, what each class gets, and the masses of the classes `offs_o`, or y for none."""
+    kept, share = split_smoothing(labels[1], smoothing, OUTPUTS, LOSS.smoothed)
+    a = y
+    if has_masses(LOSS.name, LOSS.weighted, LOSS.smoothed):
+        a = masses_of(
+            t, data.class_weight, labels[0], kept, share, smoothing, offs_o, mask, OUTPUTS,
+            LOSS.name != "cross_entropy", LOSS.weighted, LOSS.smoothed,
+        )  # fmt: skip
+    return kept, share, a
 
 
 @triton.jit

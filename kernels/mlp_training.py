@@ -15,7 +15,7 @@ from .linear import precision_of
 from .losses import weighs
 from .mlp_training_kernels import mlp_training_kernel
 from .mlp_training_on_chip import sums_of
-from .mlp_training_tiles import Data, Tiles, block, fitted, gradient_at
+from .mlp_training_tiles import Data, Tiles, block, fitted, gradient_at, in_tiles
 from .step import ACTIVATIONS, LOSSES, RULES, Step
 
 CONFIGS = {
@@ -88,6 +88,9 @@ MOST_WEIGHTS = 2048
 MOST_HELD = 2
 """States of a rule whose parameters may be held in registers."""
 
+MOST_OUTPUTS = 128
+"""Outputs that a streamed step has in one tile. More are in tiles like those of hidden units."""
+
 MOST_REGISTERS = 255
 """ptxas may give each thread of an NVIDIA GPU so many. Left alone it keeps to half of them, for a second program that
 there is not, and spills; or falls off its cliff (see `bench/resources.py`)."""
@@ -129,16 +132,18 @@ def outputs_on_chip(step: Step) -> int:
 def tiles(config: Config, step: Step, batch: int, precision: str, one_row: bool = False, fenced: bool = False) -> Tiles:
     """The tiles of a configuration, no larger than the net and the batch."""
     way, *most = config
-    hidden = max(step.sizes[1:-1], default=1)
-    inputs = step.sizes[0] if way != "streamed" else max(step.sizes[: max(1, step.layers - 1)])
+    many = way == "streamed" and step.sizes[-1] > MOST_OUTPUTS
+    hidden = max(step.sizes[1:] if many else step.sizes[1:-1], default=1)
+    last = step.layers if many else max(1, step.layers - 1)  # from that on no inputs are loaded in tiles
+    inputs = step.sizes[0] if way != "streamed" else max(step.sizes[:last])
     block_b, block_h, block_i = (fitted(*pair) for pair in zip(most, (batch, hidden, inputs), strict=False))
     if way != "streamed":
         least = most[1] if "whole" in way else 16
         precision = SPLIT if "split" in way else precision
         ways = "rows" in way, "held" in way, one_row, fenced, least
         return Tiles(block_b, max(block_h, least), block_i, outputs_on_chip(step), True, precision, True, *ways)
-    block_o = block(step.sizes[-1])
-    block_h = min(block_h, max(16, MOST_WEIGHTS // block_o))
+    block_o = block_h if many else block(step.sizes[-1])
+    block_h = block_h if many else min(block_h, max(16, MOST_WEIGHTS // block_o))
     return Tiles(block_b, block_h, block_i, block_o, batch <= block_b, precision, False, fenced=fenced)
 
 
@@ -180,9 +185,11 @@ def buffers(x: torch.Tensor, step: Step, batch: int, cut: Tiles) -> tuple[tuple[
     hidden = tuple(x.new_empty(batch, size) for size in step.sizes[1:-1])
     before = (ACTIVATIONS[activation.name].before for activation in step.activations)
     slopes = tuple(torch.empty_like(h) if kept else h for h, kept in zip(hidden, before, strict=False))
-    widest = max(step.sizes[1:-2], default=0)  # of the layers whose dz comes in no place of values
-    turns = tuple(x.new_empty(batch, widest) for _ in range(min(2, step.layers - 2)))
-    return hidden, slopes, (x.new_empty(batch, cut.outputs), *turns, *stored)
+    many = in_tiles(step.sizes, cut.outputs)
+    layers = step.layers - 2 + many  # those whose dz comes in no place of values
+    turns = tuple(x.new_empty(batch, max(step.sizes[1 : 1 + layers])) for _ in range(min(2, layers)))
+    of_rows = (x.new_empty(batch, 3),) if many else ()
+    return hidden, slopes, (x.new_empty(batch, step.sizes[-1] if many else cut.outputs), *of_rows, *turns, *stored)
 
 
 def train_mlp(

@@ -9,12 +9,16 @@ A step gathers its rows of x through the order of the epoch. Where the batch and
 stay on chip (mlp_training_on_chip.py), and so do the parameters and the state of the optimizer if they fit. Otherwise
 these lie in global memory, from where a small net never leaves the L1 cache of the one SM and a larger one streams from
 L2; tiles of the batch, of the hidden units and of the inputs of a layer are what is held in registers, and all outputs
-are one tile: the step is streamed. What it hands from one part to the next then lies beside the parameters:
+are one tile, or several where they are many: the step is streamed. What it hands from one part to the next then lies
+beside the parameters:
 
     hidden      the values of each hidden layer; in place of the last one's comes its dz, tile by tile
     slopes      of the activations whose slope is read off the number before. Computing them again in backward costs
                 more than keeping them: several warps hold the operands of a product, and each would compute all of it
     gradients   dz of the outputs; and two buffers that dz of all layers but the last two takes in turns
+
+Of outputs in several tiles z comes before dz to its place, next to which is what the loss has to know of whole rows;
+and backward takes the last layer for one more hidden layer, so that all dz but that of the outputs takes turns.
 
 Where a step is clipped, the last of `gradients` has those of all parameters, also of steps that stay on chip: the norm
 is known only when all are there, and then each parameter's step is made, tile by tile.
@@ -29,9 +33,10 @@ import triton.language as tl
 
 from .activations import BEFORE, reads_before, slope, times_slope, value
 from .losses import finish_loss, load_targets, loss_of
+from .losses_in_tiles import add_tile, dy_of_tile, finish_rows, no_tile
 from .mlp_training_on_chip import on_chip_steps
 from .mlp_training_products import fence
-from .mlp_training_tiles import fitted, load_x, quotient, step_on, step_on_all
+from .mlp_training_tiles import fitted, in_tiles, load_x, quotient, step_on, step_on_all
 from .updates import ROW
 
 
@@ -119,6 +124,17 @@ def output_tile(
 
 
 @triton.jit
+def hidden_layers(
+    data, weights, hidden, slopes, rows, offs_b, mask_b, COUNT: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr
+):
+    """The values of the first COUNT hidden layers."""
+    for layer in tl.static_range(COUNT):
+        for n in range(0, STEP.sizes[layer + 1], fitted(TILES.hidden, STEP.sizes[layer + 1])):
+            hidden_tile(data, weights, hidden, slopes, rows, offs_b, mask_b, n, layer, STEP, TILES)
+        tl.debug_barrier()  # the layer is there
+
+
+@triton.jit
 def forward_tile(
     data, weights, hidden, slopes, gradients, rows, offs_b, mask_b, ignore_index, smoothing,
     STEP: tl.constexpr, TILES: tl.constexpr,
@@ -133,10 +149,7 @@ def forward_tile(
     LOSS: tl.constexpr = STEP.loss
     BLOCK_O: tl.constexpr = TILES.outputs
     dtype: tl.constexpr = weights[0].dtype.element_ty
-    for layer in tl.static_range(LAYERS - 2):
-        for n in range(0, STEP.sizes[layer + 1], fitted(TILES.hidden, STEP.sizes[layer + 1])):
-            hidden_tile(data, weights, hidden, slopes, rows, offs_b, mask_b, n, layer, STEP, TILES)
-        tl.debug_barrier()  # the layer is there
+    hidden_layers(data, weights, hidden, slopes, rows, offs_b, mask_b, LAYERS - 2, STEP, TILES)
     offs_o = tl.arange(0, BLOCK_O)
     if LAYERS == 1:
         z = linear_tile(data, weights, hidden, rows, offs_b, mask_b, offs_o, BLOCK_O, 0, STEP, TILES)
@@ -155,10 +168,82 @@ def forward_tile(
 
 
 @triton.jit
-def dz_place(hidden, gradients, LAYER: tl.constexpr, LAYERS: tl.constexpr):
+def forward_in_tiles(
+    data, weights, hidden, slopes, gradients, rows, offs_b, mask_b, ignore_index, smoothing,
+    STEP: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """`forward_tile` of outputs in several tiles. Leaves their z and what dy_of_tile reads; has no sum of dz."""
+    LAYERS: tl.constexpr = len(STEP.biases)
+    O: tl.constexpr = STEP.sizes[LAYERS]
+    ACTIVATION: tl.constexpr = STEP.activations[LAYERS - 1]
+    LOSS: tl.constexpr = STEP.loss
+    BLOCK_O: tl.constexpr = TILES.outputs
+    dtype: tl.constexpr = weights[0].dtype.element_ty
+    hidden_layers(data, weights, hidden, slopes, rows, offs_b, mask_b, LAYERS - 1, STEP, TILES)
+    sums, first_o = no_tile(TILES.batch, BLOCK_O, dtype), tl.arange(0, BLOCK_O)
+    targets = load_targets(data, rows, mask_b, first_o, ignore_index, O, LOSS, dtype)
+    for n in tl.range(0, O, BLOCK_O, num_stages=1):
+        offs_o = n + first_o
+        z = linear_tile(data, weights, hidden, rows, offs_b, mask_b, offs_o, BLOCK_O, LAYERS - 1, STEP, TILES)
+        mask = mask_b[:, None] & (offs_o < O)[None, :]
+        tl.store(gradients[0] + offs_b[:, None] * O + offs_o[None, :], z, mask=mask)
+        of_tile = targets
+        if LOSS.name != "cross_entropy":  # labels are of all outputs
+            of_tile = load_targets(data, rows, mask_b, offs_o, ignore_index, O, LOSS, dtype)
+        sums = add_tile(sums, value(z, ACTIVATION), data, of_tile, mask_b, n, smoothing, O, LOSS, STEP.accuracy)
+    loss, weight, counted, right, statistics = finish_rows(sums, targets, mask_b, smoothing, O, LOSS)
+    for i in tl.static_range(3):
+        tl.store(gradients[1] + 3 * offs_b + i, statistics[i], mask=mask_b)
+    counts = tl.sum(counted.to(dtype)), tl.sum(right.to(dtype))
+    return tl.sum(loss), tl.sum(weight), tl.zeros((BLOCK_O,), dtype), counts[0], counts[1]
+
+
+@triton.jit
+def finish_outputs(
+    data, parameters, gradients, order_ptr, row_ptr, n, size, scale, ignore_index, smoothing,
+    STEP: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """dz of the outputs from `n` on, scaled, in the place of their z; and the step on their b."""
+    LAYERS: tl.constexpr = len(STEP.biases)
+    O: tl.constexpr = STEP.sizes[LAYERS]
+    ACTIVATION: tl.constexpr = STEP.activations[LAYERS - 1]
+    LOSS: tl.constexpr = STEP.loss
+    BLOCK_B: tl.constexpr = TILES.batch
+    BLOCK_O: tl.constexpr = TILES.outputs
+    dtype: tl.constexpr = gradients[0].dtype.element_ty
+    offs_o = n + tl.arange(0, BLOCK_O)
+    mask_o = offs_o < O
+    db = tl.zeros((BLOCK_O,), dtype)
+    for b in range(0, BLOCK_B if TILES.one_batch else size, BLOCK_B):
+        offs_b = b + tl.arange(0, BLOCK_B)
+        mask_b = offs_b < size
+        mask = mask_b[:, None] & mask_o[None, :]
+        targets = load_targets(
+            data, tl.load(order_ptr + offs_b, mask=mask_b, other=0), mask_b, offs_o, ignore_index, O, LOSS, dtype
+        )
+        z_ptrs = gradients[0] + offs_b[:, None] * O + offs_o[None, :]
+        z = tl.load(z_ptrs, mask=mask, other=0.0)
+        y = value(z, ACTIVATION)
+        rows_ptr = gradients[1] + 3 * offs_b
+        m, total = tl.load(rows_ptr, mask=mask_b, other=0.0), tl.load(rows_ptr + 1, mask=mask_b, other=1.0)
+        statistics = m, total, tl.load(rows_ptr + 2, mask=mask_b, other=0.0)
+        dy = dy_of_tile(y, statistics, data, targets, mask_b, offs_o, smoothing, O, LOSS)
+        dz = times_slope(dy, slope(z if reads_before(ACTIVATION.name, BEFORE) else y, ACTIVATION), ACTIVATION)
+        dz = tl.where(mask, dz * scale, 0.0)
+        tl.store(z_ptrs, dz, mask=mask)
+        db += tl.sum(dz, axis=0)
+    if STEP.biases[LAYERS - 1]:
+        step_on(parameters, 2 * LAYERS - 1, offs_o, mask_o, db, row_ptr, STEP)
+
+
+@triton.jit
+def dz_place(hidden, gradients, LAYER: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr):
     """Where dz of a layer is in backward."""
+    LAYERS: tl.constexpr = len(STEP.biases)
     if LAYER == LAYERS - 1:
         dz_ptr = gradients[0]
+    elif in_tiles(STEP.sizes, TILES.outputs):
+        dz_ptr = gradients[2 + LAYER % 2]
     elif LAYER == LAYERS - 2:
         dz_ptr = hidden[LAYER]
     else:
@@ -234,13 +319,13 @@ def backward_hidden(
     """dz of the units from `k` on of the layer before a hidden layer, which it leaves in its place; step on their b."""
     K: tl.constexpr = STEP.sizes[LAYER]
     N: tl.constexpr = STEP.sizes[LAYER + 1]
-    LAYERS: tl.constexpr = len(STEP.biases)
     BLOCK_B: tl.constexpr = TILES.batch
     BLOCK_K: tl.constexpr = fitted(TILES.hidden, K)
     BLOCK_N: tl.constexpr = fitted(TILES.hidden, N)
     weights = parameters[0]
     dtype: tl.constexpr = weights[0].dtype.element_ty
-    dz_ptr, to_ptr = dz_place(hidden, gradients, LAYER, LAYERS), dz_place(hidden, gradients, LAYER - 1, LAYERS)
+    dz_ptr = dz_place(hidden, gradients, LAYER, STEP, TILES)
+    to_ptr = dz_place(hidden, gradients, LAYER - 1, STEP, TILES)
     offs_k = k + tl.arange(0, BLOCK_K)
     mask_k = offs_k < K
     db = tl.zeros((BLOCK_K,), dtype)
@@ -280,11 +365,12 @@ def backward_weights(
     BLOCK_B: tl.constexpr = TILES.batch
     BLOCK_N: tl.constexpr = TILES.outputs if LAYERS == 1 else fitted(TILES.hidden, N)
     BLOCK_K: tl.constexpr = fitted(TILES.inputs if LAYER == 0 else TILES.hidden, K)
-    COLUMNS: tl.constexpr = TILES.outputs if LAYERS == 1 else N
+    IN_TILES: tl.constexpr = in_tiles(STEP.sizes, TILES.outputs)
+    COLUMNS: tl.constexpr = TILES.outputs if LAYERS == 1 and not IN_TILES else N
     dtype: tl.constexpr = gradients[0].dtype.element_ty
     offs_n, offs_k = n + tl.arange(0, BLOCK_N), k + tl.arange(0, BLOCK_K)
     mask_n, mask_k = offs_n < N, offs_k < K
-    dz_ptr = dz_place(hidden, gradients, LAYER, LAYERS)
+    dz_ptr = dz_place(hidden, gradients, LAYER, STEP, TILES)
     dw = tl.zeros((BLOCK_N, BLOCK_K), dtype)
     for b in range(0, BLOCK_B if TILES.one_batch else size, BLOCK_B):
         offs_b = b + tl.arange(0, BLOCK_B)
@@ -293,7 +379,7 @@ def backward_weights(
         a = load_inputs(data, hidden, rows, offs_b, mask_b, offs_k, LAYER, STEP)
         dz_ptrs = dz_ptr + offs_b[None, :] * COLUMNS + offs_n[:, None]
         dz = tl.load(dz_ptrs, mask=mask_n[:, None] & mask_b[None, :], other=0.0)
-        if LAYERS == 1:
+        if LAYERS == 1 and not IN_TILES:
             dz *= scale
         fence(TILES)
         dw = tl.dot(dz, a, dw, input_precision=TILES.precision, out_dtype=dtype)
@@ -317,13 +403,14 @@ def backward(
 ):  # fmt: skip
     """Backward and the optimizer's step on all parameters but the last bias."""
     LAYERS: tl.constexpr = len(STEP.biases)
-    if LAYERS > 1:
+    IN_TILES: tl.constexpr = in_tiles(STEP.sizes, TILES.outputs)
+    if LAYERS > 1 and not IN_TILES:
         for k in tl.range(0, STEP.sizes[LAYERS - 1], fitted(TILES.hidden, STEP.sizes[LAYERS - 1]), num_stages=1):
             backward_output(parameters, hidden, slopes, gradients, row_ptr, k, size, scale, LAYERS - 1, STEP, TILES)
             if LAYERS == 2:
                 backward_input(data, parameters, hidden, gradients, order_ptr, row_ptr, k, size, scale, STEP, TILES)
-    for layer in tl.static_range(LAYERS - 2, 0, -1):
-        if layer < LAYERS - 3:
+    for layer in tl.static_range(LAYERS - 2 + IN_TILES, 0, -1):
+        if layer < LAYERS - 3 + IN_TILES:
             tl.debug_barrier()  # dz of the layer behind was read, in whose place comes that of the layer before
         for k in tl.range(0, STEP.sizes[layer], fitted(TILES.hidden, STEP.sizes[layer]), num_stages=1):
             backward_hidden(parameters, hidden, slopes, gradients, row_ptr, k, size, layer, STEP, TILES)
@@ -332,8 +419,9 @@ def backward(
                     data, parameters, hidden, gradients, order_ptr, row_ptr, n, k, size, scale, layer, STEP, TILES
                 )
     if LAYERS == 1:
-        backward_input(data, parameters, hidden, gradients, order_ptr, row_ptr, 0, size, scale, STEP, TILES)
-    elif LAYERS > 2:
+        for n in tl.range(0, STEP.sizes[1], TILES.outputs, num_stages=1):
+            backward_input(data, parameters, hidden, gradients, order_ptr, row_ptr, n, size, scale, STEP, TILES)
+    elif LAYERS > 2 or IN_TILES:
         for n in tl.range(0, STEP.sizes[1], fitted(TILES.hidden, STEP.sizes[1]), num_stages=1):
             backward_input(data, parameters, hidden, gradients, order_ptr, row_ptr, n, size, scale, STEP, TILES)
 
@@ -345,6 +433,7 @@ def streamed_step(
 ):  # fmt: skip
     """A step on the `size` rows from `order_ptr` on, tile by tile."""
     LAYERS: tl.constexpr = len(STEP.biases)
+    IN_TILES: tl.constexpr = in_tiles(STEP.sizes, TILES.outputs)
     O: tl.constexpr = STEP.sizes[LAYERS]
     BLOCK_B: tl.constexpr = TILES.batch
     BLOCK_O: tl.constexpr = TILES.outputs
@@ -356,7 +445,8 @@ def streamed_step(
         offs_b = b + tl.arange(0, BLOCK_B)
         mask_b = offs_b < size
         rows = tl.load(order_ptr + offs_b, mask=mask_b, other=0)
-        loss_b, weight_b, db_b, counted_b, right_b = forward_tile(
+        forward: tl.constexpr = forward_in_tiles if IN_TILES else forward_tile
+        loss_b, weight_b, db_b, counted_b, right_b = forward(
             data, parameters[0], hidden, slopes, gradients, rows, offs_b, mask_b, ignore_index, smoothing, STEP, TILES
         )
         loss, weight, db, counted, right = (
@@ -369,8 +459,14 @@ def streamed_step(
         tl.store(accuracies_ptr, quotient(right, counted))
     tl.debug_barrier()  # hidden and dz are there, and the parameters were read
 
+    if IN_TILES:
+        for n in tl.range(0, O, BLOCK_O, num_stages=1):
+            finish_outputs(
+                data, parameters, gradients, order_ptr, row_ptr, n, size, scale, ignore_index, smoothing, STEP, TILES
+            )
+        tl.debug_barrier()  # dz is there, and what is known of rows was read
     backward(data, parameters, hidden, slopes, gradients, order_ptr, row_ptr, size, scale, STEP, TILES)
-    if STEP.biases[LAYERS - 1]:
+    if STEP.biases[LAYERS - 1] and not IN_TILES:
         offs_o = tl.arange(0, BLOCK_O)
         step_on(parameters, 2 * LAYERS - 1, offs_o, offs_o < O, db * scale, row_ptr, STEP)
     if STEP.clipped:

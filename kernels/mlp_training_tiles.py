@@ -12,10 +12,11 @@ MOST_FLAT = tl.constexpr(2048)
 
 
 class Tiles(NamedTuple):
-    """The most rows of the batch, hidden units and inputs of a layer in a tile, and all outputs; whether a batch is one
-    tile; the precision of products; whether the step stays on chip. And if so, whether it multiplies the last layer as
-    rows, whether parameters and their state stay there from step to step, and whether all parameters have one row of
-    the optimizer's table; whether products need fences (mlp_training_products.py); on chip the least tile of units."""
+    """The most rows of the batch, hidden units and inputs of a layer in a tile, and all outputs, or the most in a tile
+    of them; whether a batch is one tile; the precision of products; whether the step stays on chip. And if so, whether
+    it multiplies the last layer as rows, whether parameters and their state stay there from step to step, and whether
+    all parameters have one row of the optimizer's table; whether products need fences (mlp_training_products.py); on
+    chip the least tile of units."""
 
     batch: int
     hidden: int
@@ -58,6 +59,12 @@ def block(size):
 def fitted(most, size):
     """The tile of a layer with `size` units: no larger than `most`, or than there are."""
     return min(most, block(size))
+
+
+@triton.constexpr_function
+def in_tiles(sizes, outputs):
+    """Whether the outputs of a net are more than a tile of `outputs`."""
+    return sizes[-1] > outputs
 
 
 @triton.constexpr_function

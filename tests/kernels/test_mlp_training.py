@@ -12,8 +12,19 @@ from torch import Tensor
 from fusednn.kernels import mlp_training
 from fusednn.kernels.mlp_training import train_mlp
 from fusednn.kernels.step import (
-    ACTIVATIONS, MAX_NORM, MOMENTUM, ROW, RULES, SIGN, UNDAMPED, Activation, Loss, Rule, Step,
-)  # fmt: skip
+    ACTIVATIONS,
+    LOSS_SCALE,
+    MAX_NORM,
+    MOMENTUM,
+    ROW,
+    RULES,
+    SIGN,
+    UNDAMPED,
+    Activation,
+    Loss,
+    Rule,
+    Step,
+)
 from tests.kernels.rules import expected, random_states
 from tests.kernels.test_activations import PYTORCH
 
@@ -173,10 +184,10 @@ def test_layers_alternate_their_buffers_in_every_step(device: str) -> None:
         assert_near(new, wanted)
 
 
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "sum": {"reduction": "sum"},
     "smoothing": {"label_smoothing": 0.2},
-    "weights": {"weight": torch.rand(OUTPUTS, generator=torch.Generator().manual_seed(2)).double() + 0.1},
+    "weights": {"weight": torch.rand(200, generator=torch.Generator().manual_seed(2)).double() + 0.1},
     "ignored": {"ignore_index": 3},
 }
 OPTIONS["all"] = OPTIONS["smoothing"] | OPTIONS["weights"] | OPTIONS["ignored"]
@@ -184,16 +195,21 @@ OPTIONS["all"] = OPTIONS["smoothing"] | OPTIONS["weights"] | OPTIONS["ignored"]
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_cross_entropy_with(device: str, name: str) -> None:
-    net, given = Net(device), dict(OPTIONS[name])
+    assert_cross_entropy(device, PLAIN, name)
+
+
+def assert_cross_entropy(device: str, step: Step, name: str) -> None:
+    """A step with these OPTIONS, and its accuracy."""
+    net, given = Net(device, step), dict(OPTIONS[name])
     if "weight" in given:
-        given["weight"] = given["weight"].to(device)
+        given["weight"] = given["weight"][: step.sizes[-1]].to(device)
     before, (loss, grads) = [p.clone() for p in net.w], net.gradients(net.order[:33], **given)
     loss_of = Loss("cross_entropy", "reduction" not in given, "weight" in given, "label_smoothing" in given)
     arguments = {key: value for key, value in given.items() if key in ("label_smoothing", "ignore_index")}
     table = rows_of({0: 1.0}, device=device)
     right = net.outputs(net.order[:33], net.w).argmax(1) == net.targets[net.order[:33]]
     counted = net.targets[net.order[:33]] != given.get("ignore_index", -100)
-    losses, accuracies = net.train(table, PLAIN._replace(loss=loss_of), class_weight=given.get("weight"), **arguments)
+    losses, accuracies = net.train(table, step._replace(loss=loss_of), class_weight=given.get("weight"), **arguments)
     assert_near(losses[0], loss)
     assert_near(accuracies[0], right[counted].double().mean())
     for old, new, grad in zip(before, net.w, grads, strict=True):
@@ -316,6 +332,16 @@ def test_clipping_what_has_no_norm(device: str, value: float) -> None:
         torch.testing.assert_close(old - new, grad, rtol=1e-11, atol=1e-12, equal_nan=True)
 
 
+def test_one_nan_is_in_all_clipped_gradients(device: str) -> None:
+    """Also in those of a unit that is 0 in all rows, which are 0 themselves."""
+    net = Net(device)
+    net.w[1][3], net.w[3][0] = -1e9, float("nan")
+    _, grads = net.gradients(net.order[:33])
+    assert (grads[0][3] == 0).all()
+    net.train(rows_of({0: 1.0, MAX_NORM: 1.0}, device=device), PLAIN._replace(clipped=True))
+    assert all(p.isnan().all() for p in net.w)
+
+
 def test_no_rows_that_count(device: str) -> None:
     """The mean over none is NaN and moves nothing; nor does an empty batch."""
     net = Net(device)
@@ -378,6 +404,117 @@ def test_accuracy_takes_nan_for_the_largest_logit(device: str) -> None:
     net.w[3][3] = float("nan")
     _, accuracies = net.train(rows_of({}, device=device), batch_size=50)
     assert_near(accuracies[0], (net.targets == 3).double().mean())
+
+
+STREAMED = pytest.mark.parametrize("tiles", ["one tile each", "several"], indirect=True)
+
+MANY = describe((19, 20, 150), ("relu", "identity"), accuracy=True)
+
+
+@STREAMED
+@pytest.mark.parametrize("depth", [1, 2, 3, 5])
+def test_outputs_in_several_tiles(device: str, depth: int) -> None:
+    """Behind nets of any depth, some of whose biases are not there, and with an activation behind the last layer."""
+    sizes = {1: (3, 1000), 2: (19, 40, 129), 3: (19, 20, 33, 144), 5: (3, 17, 20, 33, 18, 200)}[depth]
+    names = [("tanh", "gelu")[layer % 2] for layer in range(depth)]
+    assert_gradients(device, describe(sizes, names, [layer % 3 != 1 for layer in range(depth)]))
+
+
+@STREAMED
+@pytest.mark.parametrize("name", OPTIONS)
+def test_cross_entropy_in_several_tiles(device: str, name: str) -> None:
+    assert_cross_entropy(device, MANY, name)
+
+
+@STREAMED
+def test_several_steps_of_several_tiles(device: str) -> None:
+    """Of four layers, clipped, and of batches of several tiles: 33 rows, then 17, then 33."""
+    step = describe((18, 33, 20, 17, 140), ["silu", "relu", "elu", "identity"], clipped=True)
+    net, expected = Net(device, step), Net(device, step)
+    net.order = torch.cat([net.order] * 2)
+    losses, _ = net.train(rows_of(*[{0: 0.5, MAX_NORM: 0.25}] * 3, device=device, step=step))
+    for made, rows in enumerate(net.order[:83].split([33, 17, 33])):
+        loss, grads = expected.gradients(rows)
+        expected.w = [p - 0.5 * grad for p, grad in zip(expected.w, clip(grads, 0.25), strict=True)]
+        assert_near(losses[made], loss)
+    for new, wanted in zip(net.w, expected.w, strict=True):
+        assert_near(new, wanted)
+
+
+@STREAMED
+@pytest.mark.parametrize("label", [-1, 150, 2**40])
+def test_a_label_out_of_range_in_several_tiles(device: str, label: int) -> None:
+    """Its row is NaN, in all outputs and in no other row: the bias of the last layer is NaN."""
+    net = Net(device, MANY)
+    net.targets[net.order[2]] = label
+    losses, _ = net.train(rows_of({0: 1.0}, device=device))
+    assert losses.isnan().all()
+    assert net.w[3].isnan().all()
+
+
+@STREAMED
+@pytest.mark.parametrize("infinite", [range(130), range(40, 150)])
+def test_tiles_of_infinitely_small_outputs(device: str, infinite: range) -> None:
+    """The first tiles, or the last ones; the labels are others."""
+    net = Net(device, MANY._replace(loss=Loss("cross_entropy")))
+    net.w[3][infinite.start : infinite.stop] = -float("inf")
+    net.targets.copy_(net.targets % 20 + (130 if infinite.start == 0 else 0))
+    before, (loss, grads) = [p.clone() for p in net.w], net.gradients(net.order[:33])
+    losses, _ = net.train(rows_of({0: 1.0}, device=device))
+    assert_near(losses[0], loss)
+    for old, new, grad in zip(before, net.w, grads, strict=True):
+        assert_near(torch.where(old.isinf(), 0.0, old - new), torch.where(old.isinf(), 0.0, grad))
+
+
+@STREAMED
+@pytest.mark.parametrize("where", [(0,), (140,), (20, 100)])
+@pytest.mark.parametrize("value", [float("nan"), 1e3])
+def test_the_largest_of_several_tiles(device: str, value: float, where: tuple[int, ...]) -> None:
+    """It is NaN, if there is one, behind larger ones; and the first of equal ones."""
+    net = Net(device, MANY)
+    net.w[2].zero_()
+    net.w[3].zero_()
+    net.w[3][list(where)] = value
+    net.w[3][77] = 100.0
+    net.targets[:] = where[-1]
+    net.targets[net.order[:11]] = where[0]
+    _, accuracies = net.train(rows_of({}, device=device))
+    assert_near(accuracies[0], (net.targets[net.order[:33]] == where[0]).double().mean())
+
+
+LOSSES_IN_TILES = {
+    "labels": Loss("cross_entropy", True, True, True, rows_weighted=True, scaled=True),
+    "probabilities": Loss("cross_entropy_probabilities", True, True, True, rows_weighted=True, scaled=True),
+    "plain probabilities": Loss("cross_entropy_probabilities", False),
+    "mse": Loss("mse", rows_weighted=True), "l1": Loss("l1", False), "smooth_l1": Loss("smooth_l1", numbers=(0.5,)),
+    "huber": Loss("huber", numbers=(0.75,)), "poisson_nll": Loss("poisson_nll", scaled=True),
+    "bce_with_logits": Loss("bce_with_logits", True, True, positive_weighted=True, rows_weighted=True),
+}  # fmt: skip
+
+
+@STREAMED
+@pytest.mark.parametrize("name", LOSSES_IN_TILES)
+def test_any_loss_in_several_tiles(device: str, name: str, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is that of outputs that are one tile, which other tests hold against PyTorch."""
+    loss = LOSSES_IN_TILES[name]
+    accuracy = loss.name in ("cross_entropy", "cross_entropy_probabilities", "bce_with_logits")
+    step = describe((19, 20, 75), ("relu", "identity"), loss=loss, accuracy=accuracy)
+    results = []
+    for most in (128, 16):
+        monkeypatch.setattr(mlp_training, "MOST_OUTPUTS", most)
+        mlp_training.plan_training.cache_clear()
+        net, generator = Net(device, step), torch.Generator().manual_seed(5)
+        numbers = torch.rand(50, 80, generator=generator, dtype=torch.float64).to(device)
+        if name != "labels":
+            net.targets = numbers[:, :75]
+        weights = {"class_weight": numbers[0, :75] + 0.5, "pos_weight": numbers[1, :75] + 0.5}
+        table = rows_of({0: 0.5, LOSS_SCALE: 1.5}, device=device, step=step)
+        traces = net.train(table, label_smoothing=0.25, sample_weight=numbers[:, 79], **weights)
+        results.append([*traces, *net.w])
+        cut = mlp_training.plan_training(step, 33, "other", torch.float64, "ieee", True).options["TILES"]
+        assert (cut.outputs < 75) == (most == 16)
+    for one, several in zip(*results, strict=True):
+        assert_near(several, one)
 
 
 def test_bits_repeat_and_do_not_depend_on_the_chunks(device: str) -> None:

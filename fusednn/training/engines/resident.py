@@ -16,7 +16,7 @@ from ..tables import Taken
 from .captured import Captured
 from .chunks import Chunks
 
-MOST_CLASSES, MOST_ROWS, MOST_WORK = 128, 512, 2**26
+MOST_CLASSES, MOST_ROWS, MOST_WORK = 1024, 512, 2**26
 """What one program serves: outputs, rows of a batch, and products in a forward (batch · weights). Unmeasured."""
 
 MOST_BEFORE_GRAPH = 2**21

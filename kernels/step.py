@@ -4,7 +4,8 @@
     loss of y and the targets; the gradient of each W and b;  the optimizer's rule on each
 
 Every engine is driven by a :class:`Step`. To add an activation, a loss or a rule is a line in a table here, its name in
-the enum and in the table of native/step.h, in the same order, and a device function in each language. Imports nothing.
+the enum and in the table of native/step.h, in the same order, and a device function in each language; of a rule also
+its numbers in fusednn/training/formulas.py. Imports nothing.
 """
 
 from typing import NamedTuple

@@ -86,8 +86,8 @@ def train_steps(
       of a moderate size in float32 or float64, each with or without a bias, with a ReLU, LeakyReLU, ELU, GELU, SiLU,
       Tanh, Sigmoid or Softplus behind it, or nothing. The loss is nn.CrossEntropyLoss, of labels or of class
       probabilities, MSELoss, L1Loss, SmoothL1Loss, HuberLoss, BCEWithLogitsLoss or PoissonNLLLoss, with targets of
-      exactly the shape and dtype of the outputs where it takes no labels. The optimizer is one of torch.optim's Adam,
-      AdamW or SGD, without amsgrad.
+      exactly the shape and dtype of the outputs where it takes no labels. The optimizer is torch.optim's Adam, AdamW,
+      NAdam, RAdam, Adagrad, RMSprop or SGD.
     * "captured" makes each step a CUDA graph of many programs, where that is quicker.
     * "native" is the same on a CPU: a loop in C++, in this thread alone, in calls of some 40 ms.
     * "looped" is the loop above, for everything else; `explain` says why.

@@ -18,7 +18,7 @@ import torch
 
 from fusednn.kernels import cross_entropy, linear, mlp_training
 from fusednn.kernels.launch import DTYPE_NAMES, Launch
-from fusednn.kernels.step import ACTIVATIONS, ROW, RULES, Activation, Loss, Rule, Step
+from fusednn.kernels.step import ACTIVATIONS, LOSSES, ROW, RULES, Activation, Loss, Rule, Step
 
 TYPE_NAMES = DTYPE_NAMES | {torch.int64: "i64", torch.int32: "i32"}
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()} | {"ieee": torch.float32, "tf32": torch.float32}
@@ -211,7 +211,18 @@ OTHER_RULES = [
 CENTERED = Kind("rmsprop_centered coupled", rule=Rule("rmsprop_centered", True, False, True))
 CLIPPED = Kind("clipped", clipped=True)
 ACTIVATED = [Kind(name, hidden=name) for name in ACTIVATIONS if name != "relu"] + [Kind("tanh behind", last="tanh")]
-NAMED = (DEFAULT, EVERYTHING, NESTEROV, ADAMW, CLIPPED, *OTHER_RULES, CENTERED, *ACTIVATED)
+LOSS_NUMBERS = {"smooth_l1": (1.0,), "huber": (1.0,)}
+LOST = [Kind(name, Loss(name, numbers=LOSS_NUMBERS.get(name, ()))) for name in LOSSES if name != DEFAULT.loss.name]
+ALL_OF_BCE = Loss("bce_with_logits", True, True, False, (), True, True, True)
+ALL_OF_PROBABILITIES = ALL_OF_BCE._replace(name="cross_entropy_probabilities", smoothed=True, positive_weighted=False)
+WEIGHTED = [
+    Kind("weighted rows", Loss(rows_weighted=True, scaled=True)),
+    Kind("all of probabilities", ALL_OF_PROBABILITIES, accuracy=True),
+    Kind("all of bce", ALL_OF_BCE, accuracy=True),
+]
+"""Each other loss by default, and some with all that is weighed."""
+
+NAMED = (DEFAULT, EVERYTHING, NESTEROV, ADAMW, CLIPPED, *OTHER_RULES, CENTERED, *ACTIVATED, *LOST, *WEIGHTED)
 KINDS = {kind.name: kind for kind in NAMED}
 
 
@@ -228,7 +239,8 @@ figures (figures.py), and one that falls off the register cliff by its registers
 def training_calls(dtype: torch.dtype) -> Iterator[tuple[str, int, Any]]:
     """Steps of each net with a batch that is one tile and one that is several, by default and with all options.
 
-    At 64-128-10 more of the options and rules, each activation, fewer rows; in float64 few. With the bytes of stack.
+    At 64-128-10 more of the options and rules, each activation, each loss, fewer rows; with one output two losses; in
+    float64 few. With the bytes of stack.
     """
     cases = [(sizes, batch, kind) for sizes in NETS for batch in (32, 256) for kind in (DEFAULT, EVERYTHING)]
     deep = [(sizes, batch, kind) for sizes in OTHER_DEPTHS for batch in (32, 256) for kind in (DEFAULT, EVERYTHING)]
@@ -241,8 +253,9 @@ def training_calls(dtype: torch.dtype) -> Iterator[tuple[str, int, Any]]:
         cases += [(sizes, batch, KINDS[name]) for sizes, batch, name in MANY_OUTPUTS]
         larger = [(NETS[0], 64), (NETS[0], 128), (NETS[2], 128), (NETS[-1], 128)]  # on chip on some
         cases += [(sizes, batch, kind) for sizes, batch in larger for kind in (DEFAULT, EVERYTHING)]
-        cases += deep + [(NETS[0], 32, kind) for kind in (*OTHER_RULES, CENTERED, *ACTIVATED)]
+        cases += deep + [(NETS[0], 32, kind) for kind in (*OTHER_RULES, CENTERED, *ACTIVATED, *LOST, *WEIGHTED)]
         cases += [(NETS[0], 256, kind) for kind in OTHER_RULES]
+        cases += [((64, 64, 1), batch, kind) for batch in (32, 256) for kind in (KINDS["mse"], WEIGHTED[-1])]
     for sizes, batch, kind in cases:
         label = training_label(dtype, sizes, batch, kind)
         yield label, MOST_STACK[dtype], partial(train, kind.step(sizes), batch, dtype)
@@ -256,13 +269,15 @@ def training_label(dtype: torch.dtype, sizes: tuple[int, ...], batch: int, kind:
 def train(step: Step, batch: int, dtype: torch.dtype) -> None:
     """Train a net on meta tensors, so that its launch can be recorded."""
     x = torch.empty(60000, step.sizes[0], dtype=dtype, device="meta")
-    labels = torch.empty(60000, dtype=torch.int64, device="meta")
+    order = torch.empty(60000, dtype=torch.int64, device="meta")
+    targets = order if LOSSES[step.loss.name].labels else x.new_empty(60000, step.sizes[-1])
     shapes = [shape for k, n in pairwise(step.sizes) for shape in ((n, k), (n,))]
     weights = [x.new_empty(shape) for shape in shapes]
     mlp_training.train_mlp(
-        step, x, labels, labels, x.new_empty(step.sizes[-1]), weights, [weights] * len(RULES[step.rule.name].states),
+        step, x, targets, order, x.new_empty(step.sizes[-1]), weights, [weights] * len(RULES[step.rule.name].states),
         x.new_empty(1000, len(weights), ROW), batch_size=batch, position=0, epoch_rows=len(x), ignore_index=-100,
-        label_smoothing=0.1 * step.loss.smoothed, one_row=True,
+        label_smoothing=0.1 * step.loss.smoothed, one_row=True, pos_weight=x.new_empty(step.sizes[-1]),
+        sample_weight=x.new_empty(60000) if step.loss.rows_weighted else None,
     )  # fmt: skip
 
 

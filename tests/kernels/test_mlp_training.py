@@ -578,6 +578,8 @@ def test_what_is_on_chip(tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cut((64, 128, 14), 32, accuracy=True)[:7] == (32, 128, 64, 16, True, "tf32", False)  # 17 columns
     assert cut((64, 64, 14), 32, accuracy=True)[:7] == (32, 64, 64, 32, True, *plain)
     assert cut((64, 64, 14), 32, loss=Loss("cross_entropy", weighted=True)).outputs == 32
+    assert cut((64, 64, 14), 32, loss=Loss("mse", rows_weighted=True)).outputs == 32
+    assert cut((64, 64, 14), 32, loss=Loss("bce_with_logits", weighted=True)).outputs == 16  # of outputs, not of rows
     assert cut((784, 128, 10), 128).on_chip
     assert cut((64, 128, 10), 32, clipped=True)[:9] == (32, 128, 64, 16, True, *plain, False, False)  # and not held
     assert not cut((64, 128, 10), 129).on_chip

@@ -183,7 +183,7 @@ def number_at(numbers: PerStep, step: int) -> float:
     """That of a step."""
     if callable(numbers):
         return float(numbers(step))
-    return float(numbers[step] if isinstance(numbers, Sequence) else numbers)
+    return float(numbers[step] if hasattr(numbers, "__len__") else numbers)
 
 
 def loss_of(criterion: Any, outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -6,6 +6,7 @@ mlp_training_kernels.py has the kernel. Here is how it is cut into tiles, by a t
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain
+from typing import Any
 
 import torch
 
@@ -229,11 +230,11 @@ def train_mlp(
         tuple(nothing if tensor is None else tensor for tensor in group) or (nothing,)
         for group in (weights, [*chain.from_iterable(states)])
     ]
-    of_loss = [nothing if tensor is None else tensor for tensor in (class_weight, pos_weight, sample_weight)]
+    of_loss: list[Any] = [nothing if tensor is None else tensor for tensor in (class_weight, pos_weight, sample_weight)]
     stride_to = 0 if LOSSES[step.loss.name].labels else targets.stride(1)
     stride_r = 0 if sample_weight is None else sample_weight.stride(0)
     strides = (*x.stride(), targets.stride(0), stride_to, stride_r)
-    data = Data._make((x, targets, order, *of_loss, *strides))
+    data = Data(x, targets, order, *of_loss, *strides)
     launch(
         mlp_training_kernel, planned, table, data, *groups, hidden or (nothing,), slopes or (nothing,),
         gradients or (nothing,), (losses, accuracies), epoch_rows, batch, position, steps, ignore_index,

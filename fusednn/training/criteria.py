@@ -117,6 +117,11 @@ def loss_of(criterion: Any, targets: Tensor) -> Loss:
     return Loss(name, mean, weight is not None, smoothed, numbers, positive is not None)
 
 
+def takes_labels(criterion: Any, targets: Tensor) -> bool:
+    """Whether the targets are labels, which may be out of range."""
+    return LOSSES[loss_of(criterion, targets).name].labels
+
+
 def weights_of(criterion: Any) -> tuple[Tensor | None, Tensor | None]:
     """The weights of its classes or outputs, and those of positive targets."""
     return getattr(criterion, "weight", None), getattr(criterion, "pos_weight", None)

@@ -396,7 +396,7 @@ def test_as_a_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for clipped, weighted, scaled in ((1.0, True, True), (None, False, True), (0.1, False, False), (None, True, False)):
         model, x, targets, criterion = setting(name, 3, "cpu", torch.float64)
         given: dict[str, Any] = {
-            "criterion": criterion, "batch_size": 16, "steps": 14, "max_grad_norm": clipped,
+            "criterion": criterion, "batch_size": 25, "steps": 14, "max_grad_norm": clipped,
             "sample_weight": torch.rand(ROWS, dtype=torch.float64) if weighted else None,
             "loss_scale": (lambda step: 1.0 + step % 3) if scaled else 1.0, "decay_scale": [0.5] * 14,
         }  # fmt: skip

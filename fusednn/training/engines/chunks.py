@@ -74,7 +74,8 @@ class Chunks(ABC):
 
     def check_labels(self, job: Job) -> None:
         """Raise IndexError for a label out of range, where labels are looked at."""
-        check_range(job.targets, self.net.sizes[-1], job.criterion.ignore_index)
+        if criteria.takes_labels(job.criterion, job.targets):
+            check_range(job.targets, self.net.sizes[-1], job.criterion.ignore_index)
 
     def advance(self, most: int, interrupts: Interrupts) -> None:
         """Launch at least one and at most `most` steps."""

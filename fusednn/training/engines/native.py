@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...dispatch import native, without_memory
 from ...kernels.step import LOSSES, Step
-from ..criteria import loss_of, weights_of
+from ..criteria import takes_labels, weights_of
 from ..job import Job
 from ..net import Net
 from ..tables import Taken
@@ -81,7 +81,7 @@ class Native(Chunks):
 
     def check_labels(self, job: Job) -> None:
         """Raise IndexError for a label out of range, where the targets are labels."""
-        if not LOSSES[loss_of(job.criterion, job.targets).name].labels:
+        if not takes_labels(job.criterion, job.targets):
             return
         labels = job.targets.long()
         if (refusal := without_memory(labels)) is not None:

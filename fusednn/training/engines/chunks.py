@@ -20,7 +20,7 @@ from ..pacing import Pace
 from ..tables import KernelOptimizer, Taken
 
 MOST_STEPS = 10_000
-"""The most steps of a chunk: order and table take 8 bytes a row, and 72 bytes a step for each layer in float32."""
+"""The most steps of a chunk: order and table take 8 bytes a row, and 96 bytes a step for each layer in float32."""
 
 
 class Chunks(ABC):

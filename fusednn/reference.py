@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from copy import copy
 from functools import partial
 from itertools import count, islice
+from numbers import Number
 from typing import Any
 
 import torch
@@ -183,7 +184,7 @@ def number_at(numbers: PerStep, step: int) -> float:
     """That of a step."""
     if callable(numbers):
         return float(numbers(step))
-    return float(numbers[step] if hasattr(numbers, "__len__") else numbers)
+    return float(numbers if isinstance(numbers, Number) else numbers[step])
 
 
 def loss_of(criterion: Any, outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -38,8 +38,8 @@ def rule_name(kind: type[Optimizer], group: dict[str, Any]) -> str:
     if kind is SGD:
         return "sgd" if group["momentum"] == 0 else "nesterov" if group["nesterov"] else "momentum"
     if kind is RMSprop:
-        words = ["rmsprop", *["centered"] * bool(group["centered"]), *["momentum"] * (group["momentum"] > 0)]
-        return "_".join(words)
+        parts = {"rmsprop": True, "centered": group["centered"], "momentum": group["momentum"] > 0}
+        return "_".join(part for part, is_there in parts.items() if is_there)
     if kind in (Adam, AdamW):
         return "amsgrad" if group["amsgrad"] else "adam"
     return kind.__name__.lower()

@@ -25,7 +25,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusednn.kernels import activations, cross_entropy, cross_entropy_kernels, linear, mlp_training, updates
+from fusednn.kernels import (
+    activations,
+    cross_entropy,
+    cross_entropy_kernels,
+    linear,
+    mlp_training,
+    mlp_training_tiles,
+    updates,
+)
 from fusednn.kernels.launch import Launch
 from fusednn.kernels.step import ROW, RULES, Activation, Loss, Rule, Step
 from tests.conftest import small_tiles
@@ -251,7 +259,8 @@ def main() -> None:
     from triton_viz.core.patch import _loop_patcher
     from triton_viz.frontends.base import OPERATION_REGISTRY
 
-    vars(activations)["_triton_viz_loop_patcher"] = _loop_patcher  # it would be in kernels' files alone
+    for module in (activations, mlp_training_tiles, updates):  # it would be in kernels' files alone
+        vars(module)["_triton_viz_loop_patcher"] = _loop_patcher
     del OPERATION_REGISTRY["triton"].namespaces[tl]["trans"]  # it would be called without the interpreter's _semantic
 
     outside: list[tuple[str, str]] = []

@@ -3,7 +3,7 @@
 //     for each layer:       z = a Wᵀ + b      h = activation(z), the next layer's a;      y is the last h
 //     then the loss of y, and dy; for each layer, from the last to the first:
 //         dz = dh activation'(z)      dW = dzᵀ a      db = Σ dz      dh of the layer before = dz W
-//         and the optimizer's rule (updates.h) on W and b
+//         and the optimizer's rule (updates.h) on W and b; or, if it is clipped, behind the gradients of all layers
 //
 // The same step as ../mlp_training_kernels.py, with its names, by one thread, to which the batch is one tile.
 // In the products (products.h) the innermost index n is the row of the batch for the forward and for dh; so a, h, dh and dz lie as
@@ -127,7 +127,8 @@ INLINE void product_of_batch(
     const Int most = size > LARGE_BATCH ? PART_ROWS : LARGE_BATCH;
     for (Int k = 0; k == 0 || k < size; k += most) {
         const Int part = std::min(most, size - k);
-        product<T, BYTES>(of.dw, stride, dz + k, of.stride_b, 1, a + k * stride_a, stride_a, rows, columns, part, false);
+        const T *a_k = a + k * stride_a;
+        product<T, BYTES>(of.dw, stride, dz + k, of.stride_b, 1, a_k, stride_a, rows, columns, part, false);
         if (size <= most) return;
         for (Int r = 0; r < rows; ++r)
             for (Int i = r * stride; i < r * stride + columns; ++i)

@@ -182,9 +182,10 @@ PerStep = float | Sequence[float] | Callable[[int], float]
 
 def number_at(numbers: PerStep, step: int) -> float:
     """That of a step."""
-    if callable(numbers):
-        return float(numbers(step))
-    return float(numbers if isinstance(numbers, Number) else numbers[step])
+    found: Any = numbers
+    if callable(found):
+        return float(found(step))
+    return float(found if isinstance(found, Number) else found[step])
 
 
 def loss_of(criterion: Any, outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -169,6 +169,8 @@ def plan_training(
     config = choose(step, batch, architecture, "fp64" if dtype == torch.float64 else precision)
     fenced = architecture in ("sm_90", "sm_100")
     cut, (warps, stages) = tiles(config, step, batch, precision, one_row, fenced), config[4:]
+    if in_tiles(step.sizes, cut.outputs):
+        stages = 1  # the place of what Triton loads ahead is written to, and then read with no barrier behind the fence
     most_registers = None if architecture == "other" else min(MOST_REGISTERS, REGISTERS // (32 * warps))
     launched = LaunchConfig(cut.batch, cut.hidden, cut.inputs, warps, stages, most_registers)
     return plan(1, launched, STEP=step, TILES=cut)

@@ -414,7 +414,7 @@ def backward(
             tl.debug_barrier()  # dz of the layer behind was read, in whose place comes that of the layer before
         for k in tl.range(0, STEP.sizes[layer], fitted(TILES.hidden, STEP.sizes[layer]), num_stages=1):
             backward_hidden(parameters, hidden, slopes, gradients, row_ptr, k, size, layer, STEP, TILES)
-            for n in tl.range(0, STEP.sizes[layer + 1], fitted(TILES.hidden, STEP.sizes[layer + 1]), num_stages=1):
+            for n in range(0, STEP.sizes[layer + 1], fitted(TILES.hidden, STEP.sizes[layer + 1])):
                 backward_weights(
                     data, parameters, hidden, gradients, order_ptr, row_ptr, n, k, size, scale, layer, STEP, TILES
                 )

@@ -592,6 +592,17 @@ def test_what_is_on_chip(tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert cut((65, 128, 10), 16, precision).on_chip
 
 
+def test_nothing_of_many_outputs_is_loaded_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In tiles of outputs Triton would have what it loads ahead where other tiles are stored."""
+    monkeypatch.undo()
+    mlp_training.plan_training.cache_clear()
+    for outputs, stages, tile in ((128, 2, 128), (129, 1, 128), (1000, 1, 128)):
+        step = describe((384, outputs), ["identity"])
+        planned = mlp_training.plan_training(step, 32, "sm_90", torch.float32, "tf32")
+        assert planned.options["num_stages"] == stages
+        assert planned.options["TILES"].outputs == tile
+
+
 def test_what_differs_is_compiled_apart() -> None:
     """Triton's key of a kernel has the str() of a compile-time argument: that of a step must say all of it."""
     activations = PLAIN.activations

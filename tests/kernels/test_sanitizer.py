@@ -221,7 +221,8 @@ def call_cross_entropy() -> None:
 def call_training() -> None:
     """The launchers of kernels/mlp_training.py and updates.py: two ragged epochs, each layout, some labels none.
 
-    Nets of one to five layers. Without biases W1 stands in for them, and for class weights.
+    Nets of one to five layers, and one of outputs in several tiles. Without biases W1 stands in for them, and for class
+    weights. With all options steps are clipped.
     """
     kinds = itertools.cycle([
         (True, "adam", True, 17), (False, "sgd", False, 20), (True, "rmsprop_centered_momentum", False, 17),
@@ -230,22 +231,23 @@ def call_training() -> None:
     for sizes in ((18, 19, 5), (18, 5), (18, 19, 17, 20, 17, 5)):
         for layout in LAYOUTS if len(sizes) != 2 else LAYOUTS[:1]:
             call_step(sizes, layout, *next(kinds))
+    call_step((18, 19, 130), LAYOUTS[0], True, "adam", True, 17)
 
 
 def call_step(sizes: tuple[int, ...], layout: Any, bias: bool, name: str, everything: bool, batch_size: int) -> None:
     """Two steps of a net, and one of an optimizer."""
     layers = len(sizes) - 1
-    x, labels = layout(torch.randn(20, 18)), torch.randint(0, 5, (20,))
-    labels[3], labels[4], labels[5] = -100, 5, -(2**40)
+    x, labels = layout(torch.randn(20, 18)), torch.randint(0, sizes[-1], (20,))
+    labels[3], labels[4], labels[5] = -100, sizes[-1], -(2**40)
     shapes = [shape for k, n in itertools.pairwise(sizes) for shape in ((n, k), (n,))]
     w = [torch.randn(shape) if bias or len(shape) == 2 else None for shape in shapes]
     states = [[None if p is None else torch.rand_like(p) for p in w] for _ in RULES[name].states]
     activations = tuple(Activation(("gelu", "relu")[layer % 2]) for layer in range(layers))
     loss, rule = Loss("cross_entropy", everything, everything, everything), Rule(name, everything, False, everything)
-    step = Step(sizes, (bias,) * layers, activations, loss, rule, everything)
+    step = Step(sizes, (bias,) * layers, activations, loss, rule, everything, everything)
     order, table = torch.cat([torch.randperm(20)[3:], torch.randperm(20)[:batch_size]]), torch.rand(2, 2 * layers, ROW)
     mlp_training.train_mlp(
-        step, x, layout(labels), order, torch.rand(5), w, states, table,
+        step, x, layout(labels), order, torch.rand(sizes[-1]), w, states, table,
         batch_size=batch_size, position=3, epoch_rows=20, ignore_index=-100, label_smoothing=0.1, one_row=False,
     )  # fmt: skip
     at, g = torch.ones(1, dtype=torch.int64), torch.randn(shapes[0])

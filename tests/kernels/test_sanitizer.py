@@ -221,7 +221,7 @@ def call_cross_entropy() -> None:
 def call_training() -> None:
     """The launchers of kernels/mlp_training.py and updates.py: two ragged epochs, each layout, some labels none.
 
-    Nets of one to five layers, and one of outputs in several tiles. Without biases W1 stands in for them, and for class
+    Nets of one to five layers, and two of outputs in several tiles. Without biases W1 stands in for them, and for class
     weights. With all options steps are clipped.
     """
     kinds = itertools.cycle([
@@ -232,6 +232,7 @@ def call_training() -> None:
         for layout in LAYOUTS if len(sizes) != 2 else LAYOUTS[:1]:
             call_step(sizes, layout, *next(kinds))
     call_step((18, 19, 130), LAYOUTS[0], True, "adam", True, 17)
+    call_step((18, 130), LAYOUTS[0], False, "sgd", False, 20)
 
 
 def call_step(sizes: tuple[int, ...], layout: Any, bias: bool, name: str, everything: bool, batch_size: int) -> None:

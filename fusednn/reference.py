@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from copy import copy
 from functools import partial
 from itertools import count, islice
-from numbers import Number
+from numbers import Real
 from typing import Any
 
 import torch
@@ -185,7 +185,7 @@ def number_at(numbers: PerStep, step: int) -> float:
     found: Any = numbers
     if callable(found):
         return float(found(step))
-    return float(found if isinstance(found, Number) else found[step])
+    return float(found if isinstance(found, Real) else found[step])
 
 
 def loss_of(criterion: Any, outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -31,6 +31,8 @@ from fusednn.kernels import (
     cross_entropy_kernels,
     linear,
     mlp_training,
+    mlp_training_backward,
+    mlp_training_forward,
     mlp_training_tiles,
     updates,
 )
@@ -262,7 +264,8 @@ def main() -> None:
     from triton_viz.core.patch import _loop_patcher
     from triton_viz.frontends.base import OPERATION_REGISTRY
 
-    for module in (activations, mlp_training_tiles, updates):  # it would be in kernels' files alone
+    for module in (activations, mlp_training_backward, mlp_training_forward, mlp_training_tiles, updates):
+        # it would be in kernels' files alone
         vars(module)["_triton_viz_loop_patcher"] = _loop_patcher
     del OPERATION_REGISTRY["triton"].namespaces[tl]["trans"]  # it would be called without the interpreter's _semantic
 

@@ -414,3 +414,13 @@ def test_as_a_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
                 losses = torch.cat(engine.losses)
             left.append((losses, twin.state_dict()))
         torch.testing.assert_close(*left, **EXACT)
+
+
+@pytest.mark.parametrize("name", ["labels", "probabilities", "bce"])
+def test_a_probe_of_a_thousand_classes(name: str, device: str) -> None:
+    model = nn.Linear(9, 1000, device=device)
+    x, targets = data(device, 12, 9)[0], targets_of(name, device, outputs=1000)[:12]
+    arguments = {"criterion": CRITERIA[name](), "batch_size": 8, "steps": 2, "return_accuracy": True}
+    ours, theirs = both(model, x, targets, **arguments)
+    assert ours.engine == one_call(device)
+    assert_alike(ours, theirs)

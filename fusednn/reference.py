@@ -132,10 +132,11 @@ def train_steps(
     batches = _batches(len(inputs), batch_size, epochs, steps, shuffle, drop_last, generator, order, seed)
     for step, rows in enumerate(islice(batches, start_step, None), start_step):
         rows = rows.to(inputs.device)
+        scale, decay = number_at(loss_scale, step), number_at(decay_scale, step)
         outputs = model(inputs[rows])
         weights = None if sample_weight is None else sample_weight[rows]
         loss = loss_of(criterion, outputs, as_long(targets[rows]), weights)
-        if (scale := number_at(loss_scale, step)) != 1.0:
+        if scale != 1.0:
             loss = scale * loss
         optimizer.zero_grad()
         loss.backward()
@@ -143,7 +144,7 @@ def train_steps(
             accuracies.append(accuracy(outputs, targets[rows], criterion))
         if max_grad_norm is not None:
             clip(optimizer, max_grad_norm)
-        with scaled_decay(optimizer, number_at(decay_scale, step)):
+        with scaled_decay(optimizer, decay):
             optimizer.step()
         if lr_schedule is not None:
             lr_schedule.step()
@@ -208,7 +209,8 @@ def loss_of(criterion: Any, outputs: Tensor, targets: Tensor, weights: Tensor | 
         counted = targets != criterion.ignore_index
         weights = torch.where(counted, weights, 0.0)
         if criterion.weight is not None:
-            weights = weights * criterion.weight[torch.where(counted, targets, 0)]
+            classes = torch.where(counted, targets, 0).clamp(0, len(criterion.weight) - 1)  # a wrong one made a NaN
+            weights = weights * criterion.weight[classes]
     return total / weights.sum()
 
 

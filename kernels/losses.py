@@ -90,7 +90,8 @@ def loss_of(y, data, targets, mask_b, offs_o, smoothing, OUTPUTS: tl.constexpr, 
         found = sum_outputs(y, numbers, data, mask_b, offs_o, OUTPUTS, LOSS)
     loss, weight, dy, counted, right = found
     if LOSS.rows_weighted:
-        loss, weight, dy = loss * row_weight, weight * row_weight, dy * row_weight[:, None]
+        kept = tl.where(counted != 0, row_weight, 0.0)  # of a row that does not count it may be NaN
+        loss, weight, dy = loss * row_weight, weight * kept, dy * kept[:, None]
     return loss, weight, dy, counted, right
 
 

@@ -84,7 +84,7 @@ def finish_rows(sums, targets, mask_b, smoothing, OUTPUTS: tl.constexpr, LOSS: t
         counted = tl.where(mask_b, OUTPUTS, 0)
         weight = counted.to(loss.dtype)
     if LOSS.rows_weighted:
-        weight *= row_weight
+        weight *= tl.where(counted != 0, row_weight, 0.0)
     return loss, weight, counted, right, (m, total_exp, mass)
 
 
@@ -103,7 +103,7 @@ def dy_of_tile(
         MASSES: tl.constexpr = has_masses(LOSS.name, LOSS.weighted, LOSS.smoothed)
         dy = finish_gradient(p, a, mass, label, kept, share, offs_o, 1.0, valid, in_range, MASSES)
         if LOSS.rows_weighted:
-            dy *= row_weight[:, None]
+            dy *= tl.where(valid, row_weight, 0.0)[:, None]
     else:
         _, _, dy, _, _ = loss_of(y, data, targets, mask_b, offs_o, smoothing, OUTPUTS, LOSS)
     return dy

@@ -89,7 +89,7 @@ MOST_WEIGHTS = 2048
 MOST_HELD = 2
 """States of a rule whose parameters may be held in registers."""
 
-MOST_OUTPUTS = 128
+MOST_IN_TILE = 128
 """Outputs that a streamed step has in one tile. More are in tiles like those of hidden units."""
 
 MOST_REGISTERS = 255
@@ -133,7 +133,7 @@ def outputs_on_chip(step: Step) -> int:
 def tiles(config: Config, step: Step, batch: int, precision: str, one_row: bool = False, fenced: bool = False) -> Tiles:
     """The tiles of a configuration, no larger than the net and the batch."""
     way, *most = config
-    many = way == "streamed" and step.sizes[-1] > MOST_OUTPUTS
+    many = way == "streamed" and step.sizes[-1] > MOST_IN_TILE
     hidden = max(step.sizes[1:] if many else step.sizes[1:-1], default=1)
     last = step.layers if many else max(1, step.layers - 1)  # from that on no inputs are loaded in tiles
     inputs = step.sizes[0] if way != "streamed" else max(step.sizes[:last])

@@ -37,7 +37,7 @@ LEAST, LARGEST = 2.0**-126, 2.0**127
 def refusal(criterion: Any, outputs: int | None, inputs: Tensor, facts: Facts) -> str | None:
     """Why no kernel computes the loss, or None. `outputs` is how many outputs the net has; None is any number.
 
-    `inputs` say in which dtype and on which device. `facts` gets what that rests on, but for :func:`targets_refusal`.
+    `inputs` say in which dtype and on which device. `facts` gets what that rests on, but for :func:`refusal_now`.
     """
     kind = _KINDS.get(type(criterion))
     if kind is None:
@@ -54,18 +54,8 @@ def refusal(criterion: Any, outputs: int | None, inputs: Tensor, facts: Facts) -
         return wrong
     for name in kind.buffers:
         weight = facts.item(criterion, "_buffers", name)
-        if weight is None or weight is GONE:
-            continue
-        plain = (
-            weight.dim() == 1
-            and weight.is_contiguous()
-            and not weight._is_zerotensor()
-            and not facts.attribute(weight, "requires_grad")
-        )
-        if not plain or outputs not in (None, len(weight)):
-            return f"the criterion's {name} has another length than the outputs, gaps or a gradient"
-        if facts.attribute(weight, "dtype") != inputs.dtype or weight.device != inputs.device:
-            return f"the criterion's {name} has another dtype or device than the inputs"
+        if weight is not None and (weight is GONE or facts.attribute(weight, "requires_grad")):
+            return f"the criterion's {name} is no buffer, or wants a gradient"
     return None
 
 
@@ -88,12 +78,19 @@ def _options_refusal(options: dict[str, Any]) -> str | None:
     return None if right else f"no training kernel for a loss with {told}"
 
 
-def targets_refusal(criterion: Any, outputs: int | None, inputs: Tensor, targets: Tensor) -> str | None:
-    """Why PyTorch computes the loss of such targets, or raises its error or warning; or None.
+def refusal_now(criterion: Any, outputs: int | None, inputs: Tensor, targets: Tensor) -> str | None:
+    """Why not, of what no fact tells: of the targets, a plain tensor, and of the weights, which may get other data.
 
-    Of a criterion that is not refused, and targets that are a plain tensor.
+    PyTorch computes the loss then, or raises its error or warning. The criterion is none that is refused.
     """
     name = _KINDS[type(criterion)].loss
+    for weight in weights_of(criterion):
+        if weight is None:
+            continue
+        if weight.dim() != 1 or outputs not in (None, len(weight)) or not weight.is_contiguous():
+            return "the weights of the criterion have another length than the outputs, or gaps"
+        if weight.dtype != inputs.dtype or weight.device != inputs.device or weight._is_zerotensor():
+            return "the weights of the criterion have another dtype or device than the inputs, or no memory"
     if name == "cross_entropy" and targets.dim() == 1:
         return None if targets.dtype in arguments.LABELS else "the targets are not a vector of labels"
     if targets.dim() != 2 or targets.dtype is not inputs.dtype or outputs not in (None, targets.shape[1]):
@@ -112,22 +109,26 @@ def loss_of(criterion: Any, targets: Tensor) -> Loss:
     numbers: tuple[float, ...] = ()
     if LOSSES[name].numbers:
         numbers = (float(criterion.beta if name == "smooth_l1" else criterion.delta),)
-    smoothed = getattr(criterion, "label_smoothing", 0) > 0
-    mean = criterion.reduction == "mean"
+    smoothed, mean = numbers_of(criterion)["label_smoothing"] > 0, criterion.reduction == "mean"
     return Loss(name, mean, weight is not None, smoothed, numbers, positive is not None)
 
 
 def takes_labels(criterion: Any, targets: Tensor) -> bool:
     """Whether the targets are labels, which may be out of range."""
-    return LOSSES[loss_of(criterion, targets).name].labels
+    return LOSSES[_KINDS[type(criterion)].loss].labels and not targets.is_floating_point()
 
 
 def weights_of(criterion: Any) -> tuple[Tensor | None, Tensor | None]:
     """The weights of its classes or outputs, and those of positive targets."""
-    return getattr(criterion, "weight", None), getattr(criterion, "pos_weight", None)
+    kind = _KINDS.get(type(criterion))
+    if kind is None or not kind.buffers:
+        return None, None
+    buffers = criterion._buffers  # a module looks for an attribute in vain for 4 us
+    return buffers.get("weight"), buffers.get("pos_weight")
 
 
 def numbers_of(criterion: Any) -> dict[str, Any]:
     """What a kernel is told that is no part of a Step."""
-    smoothing = float(getattr(criterion, "label_smoothing", 0.0))
-    return {"ignore_index": getattr(criterion, "ignore_index", -100), "label_smoothing": smoothing}
+    if _KINDS[type(criterion)].loss != "cross_entropy":
+        return {"ignore_index": -100, "label_smoothing": 0.0}
+    return {"ignore_index": criterion.ignore_index, "label_smoothing": float(criterion.label_smoothing)}

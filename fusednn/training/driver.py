@@ -12,7 +12,7 @@ from .. import dispatch
 from .engines.looped import step_of
 from .engines.native import Native
 from .interrupts import Interrupts
-from .job import Job, check_data, check_training, norm_of, per_step
+from .job import Job, check_data, check_decays, check_training, norm_of, number_of
 from .optimizers import zero_grad
 from .orders import All
 from .plan import Choice, choose, refusal_to_go_on
@@ -131,8 +131,10 @@ class TrainStep:
         check_data(inputs, targets, self._training[2], sample_weight)
         rows = inputs.shape[0]
         job = Job(*self._training, inputs, targets, max(1, rows), 1, rows, max_grad_norm=self._max_norm)
-        if sample_weight is not None or loss_scale != 1.0 or decay_scale != 1.0:
-            scales = per_step("loss_scale", loss_scale, 1), per_step("decay_scale", decay_scale, 1)
+        is_float = type(loss_scale) is type(decay_scale) is float
+        if sample_weight is not None or not (is_float and loss_scale == decay_scale == 1.0):
+            scales = number_of("loss_scale", loss_scale), number_of("decay_scale", decay_scale)
+            check_decays(job.optimizer, scales[1])
             job = job._replace(sample_weight=sample_weight, loss_scale=scales[0], decay_scale=scales[1])
         if self._wait and not dispatch.watched():
             self._wait -= 1

@@ -59,8 +59,10 @@ class Steps:
         self.count = float(count) if not isinstance(count, Tensor) or count.is_cpu else count
         lr = options[0]["lr"]
         self.is_plain = len(options) == 1 and type(lr) is float
-        found = (value.device for value in (count, lr, product) if isinstance(value, Tensor) and not value.is_cpu)
-        self.place = next(found, None)
+        self.place = None
+        for value in (count, lr, product):
+            if isinstance(value, Tensor) and not value.is_cpu:
+                self.place = value.device
 
     def __getitem__(self, name: str) -> Any:
         """An option."""
@@ -68,6 +70,8 @@ class Steps:
 
     def series(self, values: Sequence[Any]) -> Any:
         """Numbers, one of all steps or one of each."""
+        if len(values) == 1 and type(values[0]) is float:  # mostly: a step a call has no time
+            return values[0]
         return at(_series(values), self.place)
 
     def beta(self, which: int) -> list[float]:
@@ -76,12 +80,16 @@ class Steps:
 
     def numbers(self, ahead: int = 0) -> Any:
         """Which step it is, from 1 on, or so many further on."""
+        if self.steps == 1 and isinstance(self.count, float):
+            return self.count + 1 + ahead
         if isinstance(self.count, Tensor):
             return self.count.double() + torch.arange(1 + ahead, self.steps + 1 + ahead, device=self.place)
         return self.series([self.count + step for step in range(1 + ahead, self.steps + 1 + ahead)])
 
     def power(self, bases: list[float], each: float = 1.0, ahead: int = 0) -> Any:
         """`bases`, one of all steps or one of each, to the power of `numbers` times `each`."""
+        if self.steps == 1 and isinstance(self.count, float):
+            return bases[0] ** ((self.count + 1 + ahead) * each)
         if isinstance(self.count, Tensor):
             return self.series(bases) ** (self.numbers(ahead) * each)
         exponents = [(self.count + step) * each for step in range(1 + ahead, self.steps + 1 + ahead)]
@@ -95,15 +103,10 @@ def row_of(
     lr, decay, maximize = given["lr"], given["weight_decay"], given.options[0]["maximize"]
     if decays is not None:
         decay = decay * given.series(decays)
-    common = {
-        DECAY: decay,
-        SHRINK: 1 - lr * decay,
-        SIGN: -1.0 if maximize else 1.0,
-        LOSS_SCALE: 1.0 if scales is None else given.series(scales),
-        MAX_NORM: max_norm,
-    }
     row: list[Any] = [0.0] * ROW
-    for place, number in (common | FORMULAS[kind](given)).items():
+    row[DECAY], row[SHRINK], row[SIGN] = decay, 1 - lr * decay, -1.0 if maximize else 1.0
+    row[LOSS_SCALE], row[MAX_NORM] = 1.0 if scales is None else given.series(scales), max_norm
+    for place, number in FORMULAS[kind](given).items():
         row[place] = number
     return row
 

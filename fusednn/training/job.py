@@ -2,7 +2,7 @@
 
 import numbers
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NamedTuple, TypedDict, get_type_hints
 
 import torch
@@ -106,6 +106,8 @@ def check(
         raise ValueError(f"order='philox' needs a seed from 0 to 2^64 - 1, not {seed}")
     if order == "torch" and seed is not None:
         raise ValueError("a seed is for order='philox'; for order='torch' give a generator")
+    decay_scale = per_step("decay_scale", given["decay_scale"], total)
+    check_decays(optimizer, decay_scale)
     chunk_steps = None if given["chunk_steps"] is None else whole("chunk_steps", given["chunk_steps"], 1)
     if on_chunk is not None and not callable(on_chunk):
         raise TypeError(f"on_chunk needs a function, not {type(on_chunk).__name__}")
@@ -115,7 +117,7 @@ def check(
         epoch_rows=rows, start_step=start_step, shuffle=given["shuffle"], generator=generator, order=order, seed=seed,
         on_chunk=on_chunk, chunk_steps=chunk_steps, sample_weight=given["sample_weight"],
         loss_scale=per_step("loss_scale", given["loss_scale"], total),
-        decay_scale=per_step("decay_scale", given["decay_scale"], total), max_grad_norm=max_grad_norm,
+        decay_scale=decay_scale, max_grad_norm=max_grad_norm,
     )  # fmt: skip
 
 
@@ -162,6 +164,12 @@ def check_data(inputs: Tensor, targets: Tensor, criterion: Any, weights: Tensor 
         raise ValueError(f"sample_weight needs a floating-point number for each of {len(inputs)} rows, not {found}")
 
 
+def check_decays(optimizer: Optimizer, decay_scale: PerStep) -> None:
+    """Raise ValueError where there is no weight decay that could be scaled."""
+    if decay_scale != 1.0 and any("weight_decay" not in group for group in optimizer.param_groups):
+        raise ValueError(f"decay_scale: {type(optimizer).__name__} has no weight_decay")
+
+
 def norm_of(value: Any) -> float | None:
     """`max_grad_norm`, or the error for one that is none."""
     if value is None:
@@ -173,18 +181,29 @@ def norm_of(value: Any) -> float | None:
     return norm
 
 
+def number_of(name: str, value: Any) -> float:
+    """A scale of one step, or the error for what is none."""
+    number = None if callable(value) else per_step(name, value, 1)
+    if not isinstance(number, float):
+        raise TypeError(f"{name} needs a number, not {type(value).__name__}")
+    return number
+
+
 def per_step(name: str, value: Any, steps: int) -> PerStep:
     """A number for all steps, one for each, or a function of the step; or the error for what is none of these."""
     if callable(value):
         function: Callable[[int], float] = value
         return function
+    found = value.tolist() if isinstance(value, Tensor) or hasattr(value, "tolist") else value
+    if isinstance(found, numbers.Real) and not isinstance(found, bool):
+        return float(found)
     try:
-        if isinstance(value, numbers.Real) and not isinstance(value, bool):
-            return float(value)
-        values = [float(number) for number in (value.tolist() if hasattr(value, "tolist") else value)]
+        if not isinstance(found, Sequence) or isinstance(found, str | bytes):
+            raise TypeError
+        values = [float(number) for number in found]
     except (TypeError, ValueError) as error:
-        found = type(value).__name__
-        raise TypeError(f"{name} needs a number, one for each step, or a function of the step, not {found}") from error
+        kind = type(value).__name__
+        raise TypeError(f"{name} needs a number, one for each step, or a function of the step, not {kind}") from error
     if len(values) < steps:
         raise ValueError(f"{name} has {len(values)} numbers for {steps} steps")
     return values
@@ -200,10 +219,11 @@ def series(value: PerStep, begin: int, steps: int) -> tuple[list[float] | None, 
     if not callable(value):
         return [*value[begin : begin + steps]], None
     found: list[float] = []
-    try:
-        found.extend(float(value(step)) for step in range(begin, begin + steps))
-    except Exception as error:  # to be raised when the steps before are made
-        return found, error
+    for step in range(begin, begin + steps):
+        try:
+            found.append(float(value(step)))
+        except Exception as error:  # to be raised when the steps before are made
+            return found, error
     return found, None
 
 

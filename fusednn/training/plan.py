@@ -67,9 +67,9 @@ class Choice(NamedTuple):
             return False
         return (
             _data_refusal(job) is None
-            and criteria.targets_refusal(job.criterion, found.sizes[-1], batch, job.targets) is None
             and self.facts[0].hold()
             and self.facts[1].hold()
+            and criteria.refusal_now(job.criterion, found.sizes[-1], batch, job.targets) is None
             and optimizers.refusal_now(job.optimizer, found.parameters) is None
         )
 
@@ -152,7 +152,7 @@ def _read(job: Job) -> tuple[Net | str, tuple[Facts, ...]]:
     refusal = (
         before.refusal
         or optimizers.refusal_now(job.optimizer, parameters)
-        or criteria.targets_refusal(job.criterion, found.sizes[-1], inputs, job.targets)
+        or criteria.refusal_now(job.criterion, found.sizes[-1], inputs, job.targets)
     )
     if found.needs_rows and not inputs.shape[0]:
         refusal = refusal or "there are no rows, of which a view makes no matrix"
@@ -218,9 +218,9 @@ def _data_refusal(job: Job) -> str | None:
 def _rows_refusal(name: str, values: Tensor, inputs: Tensor) -> str | None:
     """Why no training kernel reads what else each row has, or None."""
     if type(values) is not Tensor or values.layout is not torch.strided or values.requires_grad or values.is_neg():
-        return f"the {name} are no plain tensor, want a gradient, or are a view that negates"
+        return f"{name}: no plain tensor, one that wants a gradient, or a view that negates"
     if values._is_zerotensor():
-        return f"the {name} have no memory"
+        return f"{name}: no memory"
     if values.is_cpu is not inputs.is_cpu or values.get_device() != inputs.get_device():
         return f"inputs and {name} are on two devices"
     return None

@@ -51,7 +51,7 @@ class KernelOptimizer:
         self._dtype = self.model.dtype
         self._typecode = "f" if self._dtype == torch.float32 else "d"
         self.error: Exception | None = None
-        """What the schedule raised behind the last step that was taken: to be raised again when that step is made."""
+        """What the schedule or a scale raised behind the last step that was taken: to be raised when that is made."""
         self.facts: Facts | None = None
         """Those that hold now, if somebody knows: what was taken under them is looked up no more."""
         self.gives_arrays = False
@@ -171,7 +171,7 @@ class KernelOptimizer:
             product.fill_(value)
 
     def finish(self) -> None:
-        """Raise what the schedule raised, now that the steps before it are made."""
+        """Raise what is an `error`, now that the steps before it are made."""
         error, self.error = self.error, None
         if error is not None:
             raise error

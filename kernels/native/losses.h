@@ -34,7 +34,7 @@ struct Sums {
     INLINE void add(const Rows<V> &rows, V weights, Int columns) {
         for (Int b = 0; b < columns; ++b) {
             loss += double(weights[b]) * rows.loss[b];
-            weight += double(weights[b]) * rows.weight[b];
+            if (rows.counted[b]) weight += double(weights[b]) * rows.weight[b];  // else its weight may be NaN
             counted += rows.counted[b];
             right += rows.right[b];
         }
@@ -104,9 +104,9 @@ INLINE Element<V> bce_with_logits(V y, V t, const Number<V> *positive) {
     return {(1 - t) * y - ((*positive - 1) * t + 1) * log_sigmoid, (share + 1 - t) * sigmoid - share};
 }
 
-// Of rows of outputs y [O, a vector]: dy in their place, by the `element` of a y, a target and an o.
-template <class V, class T, class Element>
-INLINE Rows<V> output_losses(const Step<T> &step, const Targets<V> &targets, T *y, Int stride_y, Element element) {
+// Of rows of outputs y [O, a vector]: dy in their place, by `element_of` a y, a target and an o.
+template <class V, class T, class Of>
+INLINE Rows<V> output_losses(const Step<T> &step, const Targets<V> &targets, T *y, Int stride_y, Of element_of) {
     constexpr Int PART = 256;  // so many are added up before they are added to others
     const Int O = step.layer[step.layers - 1].outputs;
     V total{}, right{};
@@ -114,7 +114,7 @@ INLINE Rows<V> output_losses(const Step<T> &step, const Targets<V> &targets, T *
         V part{};
         for (Int o = from; o < std::min(O, from + PART); ++o) {
             const V output = load<V>(y + o * stride_y), target = targets(o);
-            const auto of = element(output, target, o);
+            const Element<V> of = element_of(output, target, o);
             const T weight = step.class_weight ? step.class_weight[o] : T(1);
             part += weight * of.loss;
             store(y + o * stride_y, weight * of.slope);
@@ -296,6 +296,8 @@ INLINE void batch_loss(const Step<T> &step, const Job<T> &job, Int s, const Int 
             for (Int i = 0; step.loss.rows_weighted && i < columns; ++i)
                 weights[i] = job.sample_weight[rows[b + i] * job.stride_w];
             sums.add(found, weights, columns);
+            for (Int i = 0; step.loss.rows_weighted && i < columns; ++i)
+                if (!found.counted[i]) weights[i] = 0;
             for (Int o = 0; step.loss.rows_weighted && o < O; ++o)
                 store(y + o * stride_b + b, load<V>(y + o * stride_b + b) * weights);
         }
@@ -304,7 +306,8 @@ INLINE void batch_loss(const Step<T> &step, const Job<T> &job, Int s, const Int 
         by_vectors(Vector<T, FEW_BYTES>{});
     else
         by_vectors(Vector<T, BYTES>{});
-    if (sums.weight == 0) sums.weight = std::numeric_limits<T>::quiet_NaN();  // 0 / 0, whatever smoothing adds
+    if (sums.weight == 0 && !step.loss.rows_weighted)
+        sums.weight = std::numeric_limits<T>::quiet_NaN();  // 0 / 0, whatever smoothing adds
     const double scale = step.loss.scaled ? job.row(step, s)[LOSS_SCALE] : T(1);
     const double divisor = step.loss.mean ? sums.weight : 1;
     job.losses[s] = T(scale * sums.loss / divisor);

@@ -114,7 +114,7 @@ PyObject *train_steps(Int machine, const Step<T> &step, PyObject *const *given) 
         !read(*next++, job.steps) || !read(*next++, job.ignore_index) || !read(*next++, job.label_smoothing))
         return nullptr;
     if (step.accuracy && job.steps > 0 && !job.accuracies) return wrong("there is no place for accuracies"), nullptr;
-    if (step.loss.rows_weighted && job.steps > 0 && !job.sample_weight)
+    if (step.loss.rows_weighted && job.steps > 0 && job.batch > 0 && !job.sample_weight)
         return wrong("there are no weights of the rows"), nullptr;
     bool has_memory = true, is_bad = false;
     Int bad = 0;

@@ -28,10 +28,18 @@ INLINE void adam(const Part<T> &part, T *__restrict g, Int n, const T *row, Rule
     T *__restrict w = part.w, *__restrict m = part.first, *__restrict v = part.second, *__restrict top = part.third;
     const T grad_part = row[GRAD_PART], square_kept = row[SQUARE_KEPT], square_part = row[SQUARE_PART];
     const T step_size = row[STEP_SIZE], grad_step = row[GRAD_STEP], root = row[ROOT], eps = row[EPS];
-    for (Int i = 0; i < n; ++i) {
+    const auto moments = [=](Int i) INLINED {
         m[i] += grad_part * (g[i] - m[i]);
         v[i] = square_kept * v[i] + square_part * g[i] * g[i];
+    };
+    if (name == ADAM) {  // in one loop: in two a step of 64-128-10 takes 1.1 times as long
+        for (Int i = 0; i < n; ++i) {
+            moments(i);
+            w[i] -= step_size * (m[i] / (std::sqrt(v[i]) * root + eps));
+        }
+        return;
     }
+    for (Int i = 0; i < n; ++i) moments(i);
     if (name == AMSGRAD)
         for (Int i = 0; i < n; ++i) {
             top[i] = v[i] > top[i] || v[i] != v[i] ? v[i] : top[i];

@@ -501,7 +501,7 @@ def test_any_loss_in_several_tiles(device: str, name: str, tiles: str, monkeypat
     step = describe((19, 20, 75), ("relu", "identity"), loss=loss, accuracy=accuracy)
     results = []
     for most in (128, 16):
-        monkeypatch.setattr(mlp_training, "MOST_OUTPUTS", most)
+        monkeypatch.setattr(mlp_training, "MOST_IN_TILE", most)
         mlp_training.plan_training.cache_clear()
         net, generator = Net(device, step), torch.Generator().manual_seed(5)
         numbers = torch.rand(50, 80, generator=generator, dtype=torch.float64).to(device)

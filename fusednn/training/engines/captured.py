@@ -64,7 +64,7 @@ class Captured:
             return "the parameters have another dtype or device than the inputs"
         return (
             criteria.refusal(job.criterion, None, x, Facts())
-            or criteria.targets_refusal(job.criterion, None, x, job.targets)
+            or criteria.refusal_now(job.criterion, None, x, job.targets)
             or optimizers.refusal(job.optimizer, parameters, job.lr_schedule, Facts())
             or optimizers.refusal_now(job.optimizer, parameters)
         )

@@ -29,6 +29,8 @@ class Chunks(ABC):
     name: ClassVar[str]
     first_chunk: int
     """How many products the first chunk may have, which nobody has timed yet."""
+    row_products = 0
+    """What a row takes beside its products, as so many more."""
 
     def __init__(self, job: Job, net: Net | None) -> None:
         assert net is not None
@@ -39,7 +41,8 @@ class Chunks(ABC):
         self.optimizer = KernelOptimizer(job.optimizer, net.places, job.lr_schedule, job.max_grad_norm)
         self.check_labels(job)
         self.begin(job)
-        self.pace = Pace(job.inputs, self.first_chunk // products_of(job, net), MOST_STEPS)
+        rows = min(job.batch_size, max(1, job.epoch_rows))
+        self.pace = Pace(job.inputs, self.first_chunk // (products_of(job, net) + self.row_products * rows), MOST_STEPS)
 
     @staticmethod
     def parameters(job: Job, net: Net | str) -> list[Tensor] | None:

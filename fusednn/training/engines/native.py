@@ -61,6 +61,8 @@ class Native(Chunks):
     machine = next(reversed(MACHINES), "none")
     first_chunk = 2**25
     """5 ms at 7 billion a second, which a machine without vectors does."""
+    row_products = 1000
+    """A row of 1-1-1 takes 0.1 us."""
 
     def __init__(self, job: Job, net: Net | None) -> None:
         self.held: _Held | None = None

@@ -16,7 +16,7 @@ from ..tables import Taken
 from .captured import Captured
 from .chunks import Chunks
 
-MOST_CLASSES, MOST_ROWS, MOST_WORK = 1024, 512, 2**26
+MOST_OUTPUTS, MOST_ROWS, MOST_WORK = 1024, 512, 2**26
 """What one program serves: outputs, rows of a batch, and products in a forward (batch · weights). Unmeasured."""
 
 MOST_BEFORE_GRAPH = 2**21
@@ -45,7 +45,7 @@ class Resident(Chunks):
         if isinstance(net, str):
             return net
         rows, x = min(job.batch_size, job.epoch_rows), job.inputs
-        if net.sizes[-1] > MOST_CLASSES or rows > MOST_ROWS or rows * net.weights > MOST_WORK:
+        if net.sizes[-1] > MOST_OUTPUTS or rows > MOST_ROWS or rows * net.weights > MOST_WORK:
             return f"{net} with batches of {rows} is too large for one program"
         if not x.is_cuda or x.dtype != torch.float32 or rows * net.weights <= MOST_BEFORE_GRAPH:
             return None

@@ -44,6 +44,13 @@ def launch_all(device: str = "cuda", steps: int = 100) -> None:
         model = nn.Sequential(*layers[:-1]).to(device)
         x, t = torch.randn(250, sizes[0], device=device), torch.randint(sizes[-1], (250,), device=device)
         train_steps(model, torch.optim.Adam(model.parameters()), x, t, batch_size=batch, steps=steps)
+    for sizes in ((20, 40, 10), (20, 40, 200)):  # the outputs are one tile, or several
+        model = nn.Sequential(nn.Linear(*sizes[:2]), nn.Tanh(), nn.Linear(*sizes[1:])).to(device)
+        x, weights = torch.randn(250, 20, device=device), torch.rand(250, device=device)
+        for criterion in (nn.BCEWithLogitsLoss(pos_weight=torch.rand(sizes[-1])), nn.CrossEntropyLoss()):
+            t = torch.rand(250, sizes[-1], device=device).softmax(1)
+            options = {"criterion": criterion.to(device), "sample_weight": weights, "max_grad_norm": 0.1}
+            train_steps(model, torch.optim.SGD(model.parameters(), lr=0.1), x, t, batch_size=48, steps=steps, **options)
 
     step = torch.zeros(1, dtype=torch.int64, device=device)
     w, table = torch.randn(1500, device=device), torch.ones(1, 1, ROW, device=device)

@@ -186,7 +186,8 @@ def number_at(numbers: PerStep, step: int) -> float:
     found: Any = numbers
     if callable(found):
         return float(found(step))
-    return float(found if isinstance(found, Real) else found[step])
+    is_one = isinstance(found, Real) or getattr(found, "ndim", 1) == 0
+    return float(found if is_one else found[step])
 
 
 def loss_of(criterion: Any, outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -235,10 +235,16 @@ def call_training() -> None:
             call_step(sizes, layout, *next(kinds))
     call_step((18, 19, 130), LAYOUTS[0], True, "adam", True, 17)
     call_step((18, 130), LAYOUTS[0], False, "sgd", False, 20)
+    for loss in ("bce_with_logits", "cross_entropy_probabilities"):
+        for outputs in (5, 130):
+            call_step((18, 19, outputs), LAYOUTS[-1], True, "sgd", True, 17, loss)
 
 
-def call_step(sizes: tuple[int, ...], layout: Any, bias: bool, name: str, everything: bool, batch_size: int) -> None:
-    """Two steps of a net, and one of an optimizer."""
+def call_step(
+    sizes: tuple[int, ...], layout: Any, bias: bool, name: str, everything: bool, batch_size: int,
+    loss_name: str = "cross_entropy",
+) -> None:  # fmt: skip
+    """Two steps of a net, and one of an optimizer. A loss on numbers has all weights."""
     layers = len(sizes) - 1
     x, labels = layout(torch.randn(20, 18)), torch.randint(0, sizes[-1], (20,))
     labels[3], labels[4], labels[5] = -100, sizes[-1], -(2**40)
@@ -247,11 +253,17 @@ def call_step(sizes: tuple[int, ...], layout: Any, bias: bool, name: str, everyt
     states = [[None if p is None else torch.rand_like(p) for p in w] for _ in RULES[name].states]
     activations = tuple(Activation(("gelu", "relu")[layer % 2]) for layer in range(layers))
     loss, rule = Loss("cross_entropy", everything, everything, everything), Rule(name, everything, False, everything)
+    weights: dict[str, Tensor] = {}
+    if loss_name != "cross_entropy":
+        loss = Loss(loss_name, True, True, False, (), True, True, True)
+        labels = torch.rand(20, sizes[-1])
+        weights = {"pos_weight": torch.rand(sizes[-1]), "sample_weight": layout(torch.rand(20))}
     step = Step(sizes, (bias,) * layers, activations, loss, rule, everything, everything)
     order, table = torch.cat([torch.randperm(20)[3:], torch.randperm(20)[:batch_size]]), torch.rand(2, 2 * layers, ROW)
     mlp_training.train_mlp(
         step, x, layout(labels), order, torch.rand(sizes[-1]), w, states, table,
         batch_size=batch_size, position=3, epoch_rows=20, ignore_index=-100, label_smoothing=0.1, one_row=False,
+        **weights,
     )  # fmt: skip
     at, g = torch.ones(1, dtype=torch.int64), torch.randn(shapes[0])
     updates.optimizer_step(w[0], [group[0] for group in states], g, torch.rand(2, 2, ROW), at, 1, rule)

@@ -1,11 +1,13 @@
 """Every loss, weights of rows, scales of loss and decay, and clipping: each engine as the reference loop trains."""
 
 import copy
+import itertools
 import math
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -185,7 +187,7 @@ def test_a_scale_that_raises_ends_the_run_before_its_step(device: str) -> None:
 
     def scale(step: int) -> float:
         if step == 3:
-            raise ArithmeticError("no scale")
+            raise StopIteration("no scale")
         return 1.0
 
     left = []
@@ -194,7 +196,7 @@ def test_a_scale_that_raises_ends_the_run_before_its_step(device: str) -> None:
             twin = copy.deepcopy(model)
             optimizer = SGD(twin.parameters(), lr=0.1, weight_decay=0.1)
             generator = torch.Generator().manual_seed(0)
-            with pytest.raises(ArithmeticError, match="no scale"):
+            with pytest.raises(StopIteration, match="no scale"):
                 loop(twin, optimizer, x, targets, criterion=criterion, steps=9, generator=generator, **{name: scale})
             left.append(twin.state_dict())
     for state in left[1:]:
@@ -424,3 +426,125 @@ def test_a_probe_of_a_thousand_classes(name: str, device: str) -> None:
     ours, theirs = both(model, x, targets, **arguments)
     assert ours.engine == one_call(device)
     assert_alike(ours, theirs)
+
+
+def replaced(criterion: Any, name: str, value: Any) -> Any:
+    """The criterion, with something else in the place of its weights."""
+    setattr(criterion, name, value)
+    return criterion
+
+
+FREE = {"requires_grad": False}
+ODD: dict[str, Callable[[], nn.Module]] = {
+    "a parameter of one number": lambda: replaced(
+        nn.BCEWithLogitsLoss(), "pos_weight", nn.Parameter(torch.tensor([3.0]), **FREE)
+    ),
+    "a parameter": lambda: replaced(nn.BCEWithLogitsLoss(), "weight", nn.Parameter(VALUES.clone(), **FREE)),
+    "no weight of this loss": lambda: replaced(nn.MSELoss(), "weight", VALUES.clone()),
+    "a buffer that this loss has not": lambda: replaced(nn.MSELoss(), "pos_weight", nn.Buffer(VALUES.clone())),
+    "no smoothing of this loss": lambda: replaced(nn.L1Loss(), "label_smoothing", None),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_weights_are_what_pytorch_reads(name: str, device: str) -> None:
+    model, x, targets, _ = setting("bce", 2, device, torch.float32)
+    ours, theirs = both(model, x, targets, criterion=ODD[name]().to(device), return_accuracy=False)
+    assert_alike(ours, theirs)
+
+
+def test_weights_that_get_other_data(device: str) -> None:
+    """A shorter one is PyTorch's, which broadcasts it, and not what lies behind it in memory."""
+    model, x, targets, _ = setting("bce", 2, device, torch.float32)
+    left = []
+    for make in (make_train_step, reference.make_train_step):
+        twin, criterion = copy.deepcopy(model), nn.BCEWithLogitsLoss(pos_weight=VALUES.to(device))
+        step = make(twin, SGD(twin.parameters(), lr=0.1), criterion)
+        losses = [step(x, targets)]
+        for data_ in (VALUES.to(device)[:1], VALUES.to(device).repeat_interleave(2)[::2], VALUES.to(device)):
+            criterion.pos_weight.data = data_
+            losses += [step(x, targets), step(x, targets)]
+        left.append((torch.stack(losses), twin.state_dict()))
+    torch.testing.assert_close(*left)
+
+
+def test_a_criterion_of_another_class(device: str) -> None:
+    """The step looks again who may serve."""
+
+    class Halved(nn.MSELoss):
+        def forward(self, input: Tensor, target: Tensor) -> Tensor:
+            return super().forward(input, target) / 2
+
+    model, x, targets, criterion = setting("mse", 2, device, torch.float64)
+    step = make_train_step(model, SGD(model.parameters(), lr=0.0), criterion)
+    whole = step(x, targets)
+    criterion.__class__ = Halved
+    torch.testing.assert_close(step(x, targets), whole / 2)
+    assert step.engine == "looped"
+
+
+def test_no_rows_with_weights(device: str) -> None:
+    model, x, targets, criterion = setting("mse", 2, device, torch.float32)
+    left = []
+    for make in (make_train_step, reference.make_train_step):
+        twin = copy.deepcopy(model)
+        step = make(twin, SGD(twin.parameters(), lr=0.1, weight_decay=0.1), criterion)
+        loss = step(x[:0], targets[:0], sample_weight=x[:0, 0])
+        assert loss.isnan()
+        left.append(twin.state_dict())
+    torch.testing.assert_close(*left)
+
+
+def test_weights_that_sum_to_nothing(device: str) -> None:
+    """But are not: the loss is infinite."""
+    model, x, targets, criterion = setting("mse", 2, device, torch.float64)
+    weights = torch.tensor([1.0, -1.0] * (ROWS // 2), dtype=torch.float64, device=device)
+    arguments = {"criterion": criterion, "sample_weight": weights, "shuffle": False, "return_accuracy": False}
+    ours, theirs = both(model, x, targets, **arguments, steps=1)
+    assert theirs.losses.isinf().all()
+    assert torch.equal(ours.losses, theirs.losses)
+
+
+def test_a_weight_of_an_ignored_row_is_nothing(device: str) -> None:
+    """Though it is NaN; the loss is."""
+    model, x, targets, criterion = setting("labels, options", 2, device, torch.float64)
+    weights = torch.where(targets == criterion.ignore_index, torch.nan, 1.0).double()
+    ours, theirs = both(model, x, targets, criterion=criterion, sample_weight=weights)
+    assert theirs.losses.isnan().any()
+    assert theirs.model[0].weight.isfinite().all()
+    assert_alike(ours, theirs, **EXACT)
+
+
+KINDS_OF_SCALES: dict[str, Any] = {
+    "an int": 2, "a 0-d tensor": torch.tensor(0.5), "numpy's": np.float32(0.5), "an array": np.array([1.0, 2.0, 0.5]),
+    "a tuple": (1.0, 2.0, 0.5), "a tensor": torch.tensor([1.0, 2.0, 0.5]), "a function of ints": lambda step: step,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KINDS_OF_SCALES)
+def test_kinds_of_scales(name: str) -> None:
+    model, x, targets, criterion = setting("mse", 2, "cpu", torch.float64)
+    scale = KINDS_OF_SCALES[name]
+    ours, theirs = both(model, x, targets, criterion=criterion, loss_scale=scale, return_accuracy=False, steps=3)
+    assert_alike(ours, theirs, **EXACT)
+
+
+@pytest.mark.parametrize("scale", ["12", {1.0: 2.0}, itertools.repeat(1.0), True, None], ids=str)
+def test_what_is_no_scale(scale: Any) -> None:
+    model, x, targets, criterion = setting("mse", 2, "cpu", torch.float64)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="loss_scale needs a number"):
+        train_steps(model, optimizer, x, targets, criterion=criterion, steps=2, loss_scale=scale)
+    step = make_train_step(model, optimizer, criterion)
+    for wrong in (scale, [1.0], lambda step: 1.0, torch.tensor([1.0, 2.0])):
+        with pytest.raises(TypeError, match="loss_scale needs a number"):
+            step(x, targets, loss_scale=wrong)
+
+
+def test_a_decay_that_is_not_there() -> None:
+    model, x, targets, criterion = setting("mse", 2, "cpu", torch.float64)
+    optimizer = torch.optim.Rprop(model.parameters())
+    with pytest.raises(ValueError, match="Rprop has no weight_decay"):
+        train_steps(model, optimizer, x, targets, criterion=criterion, steps=2, decay_scale=0.5)
+    with pytest.raises(ValueError, match="Rprop has no weight_decay"):
+        make_train_step(model, optimizer, criterion)(x, targets, decay_scale=0.5)

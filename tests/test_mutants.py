@@ -42,3 +42,8 @@ def test_every_kernel_has_three() -> None:
 def test_no_mutant_stands_twice() -> None:
     sources = Counter((mutant.file, mutant.source()) for mutant in MUTANTS)
     assert max(sources.values()) == 1
+
+
+def test_the_documents_say_how_many() -> None:
+    for name, words in (("CONTRIBUTING.md", "times"), ("docs/evidence.md", "ways")):
+        assert f"{len(MUTANTS)} {words}" in (ROOT / name).read_text()

@@ -58,8 +58,8 @@ def train_steps(
       labels whose classes have weights, by the sum of the products). Then the criterion needs to be a module with a
       `reduction` of mean or sum.
     * `loss_scale` and `decay_scale`: what the loss, and each group's `weight_decay`, is multiplied with. A number, a
-      sequence with one for each step, or a function of the number of the step, counted from the beginning of the call.
-      The losses that are returned are scaled.
+      sequence with one for each step, or a function of the number of the step, counted from the beginning of the call,
+      which may be called ahead of the training. The losses that are returned are scaled.
     * `max_grad_norm`: between backward and step, as torch.nn.utils.clip_grad_norm_ does, all gradients of the
       optimizer's parameters are multiplied with one number, so that their norm is at most so much.
     * `start_step=k`: as if this call had made k of its steps before. It draws their rows and passes over them, so give

@@ -399,7 +399,7 @@ def of_each(net: Net, machine: str, rows: int) -> tuple[Tensor, Tensor]:
 
     The net has a bias alone. It has one output for the losses, and all for the slopes.
     """
-    (w, b), m = net.there(), net.there(net.m)
+    (w, b), m = net.there(), net.there(net.states[0])
     y, targets, step = b.clone(), net.targets[:1].clone(), net.step
     weights = net.class_weight, net.pos_weight
     table = net.table({names.STEP_SIZE: 0.0, names.LOSS_SCALE: 1 / rows, names.MOMENTUM: 0.0, names.UNDAMPED: 1.0})
@@ -511,20 +511,20 @@ def test_clipping(machine: str, most: float, bias: bool, dtype: torch.dtype) -> 
     table[:, 1:, names.MAX_NORM] = math.nan
     table[:, 2, names.STEP_SIZE] = 0.25
     expected = Net((300, 40, 10), ["tanh", "identity"], bias, dtype=dtype)
-    expected.w, expected.m = ([None if p is None else p.double() for p in of] for of in (expected.w, expected.m))
+    expected.w, momenta = ([None if p is None else p.double() for p in of] for of in (expected.w, expected.states[0]))
     net.train(machine, table)
     for rows, largest in ((net.order[:33], most), (net.order[33:], 1e6)):
         _, grads = expected.gradients(rows)
         for p, grad in zip(expected.there(), grads, strict=True):
             p.grad = grad
         torch.nn.utils.clip_grad_norm_(expected.there(), largest)
-        for p, m in zip(expected.there(), expected.there(expected.m), strict=True):
+        for p, m in zip(expected.there(), expected.there(momenta), strict=True):
             assert p.grad is not None
             m.mul_(0.5).add_(0.1 * p - p.grad)
             p -= (0.25 if p is expected.w[2] else 0.5) * m
-    for of in ("w", "m"):
-        for ours, theirs in zip(net.there(getattr(net, of)), expected.there(getattr(expected, of)), strict=True):
-            assert_near(ours, theirs, dtype)
+    for ours, theirs in ((net.w, expected.w), (net.states[0], momenta)):
+        for new, wanted in zip(net.there(ours), expected.there(theirs), strict=True):
+            assert_near(new, wanted, dtype)
 
 
 @each_machine
@@ -535,7 +535,7 @@ def test_clipping_of_special_gradients(machine: str, value: float) -> None:
     net.there()[1][2] = value
     net.step = net.step._replace(rule=Rule("momentum"))
     net.train(machine, net.table({names.STEP_SIZE: 0.0, names.MOMENTUM: 0.0, names.UNDAMPED: 1.0, names.MAX_NORM: 1.0}))
-    grads = torch.cat([m.flatten() for m in net.there(net.m)]).reshape(-1)
+    grads = torch.cat([m.flatten() for m in net.there(net.states[0])]).reshape(-1)
     _, expected = net.gradients(net.order[:33])
     for p, grad in zip(net.there(), expected, strict=True):
         p.grad = grad.float() if value != 1e30 else None

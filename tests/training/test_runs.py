@@ -129,7 +129,9 @@ CHANGES: dict[str, Callable[[Any, Any, Any], Any]] = {
     ),
     "other parameters": lambda model, optimizer, criterion: swap(model),
     "dtype": lambda model, optimizer, criterion: model.double(),
-    "amsgrad": lambda model, optimizer, criterion: optimizer.param_groups[0].update(amsgrad=True),
+    "the optimizer's state is not Adam's": lambda model, optimizer, criterion: optimizer.param_groups[0].update(
+        amsgrad=True
+    ),
     "other sizes or activations": lambda model, optimizer, criterion: setattr(model, "1", nn.GELU()),
     "no training kernel computes Hardtanh": lambda model, optimizer, criterion: setattr(model, "1", nn.Hardtanh()),
     "reduction 'none'": lambda model, optimizer, criterion: setattr(criterion, "reduction", "none"),

@@ -223,6 +223,9 @@ def test_modes_and_other_data(device: str) -> None:
     pair.step(torch.cat([x, x]), torch.cat([targets, targets]))
     pair.step(x[:0], targets[:0]) if device == "cpu" else None
     soft = torch.softmax(torch.randn(len(x), OUTPUTS), 1).to(device)
+    pair.step(x, soft)
+    assert pair.ours.engine == one_call(device)
+    soft = soft.double()
     torch.testing.assert_close(pair.ours(x, soft), pair.theirs(x, soft), rtol=1e-5, atol=1e-6)
     assert pair.ours.engine == "looped"
     with torch.no_grad():

@@ -308,8 +308,8 @@ def frozen(model: nn.Module) -> nn.Module:
 
 
 LEFT_TO_THE_LOOP: dict[str, tuple[Any, str]] = {
-    "amsgrad": (lambda m, p: (m, Adam(p, amsgrad=True)), "amsgrad"),
-    "another optimizer": (lambda m, p: (m, torch.optim.RMSprop(p)), "RMSprop"),
+    "no eps": (lambda m, p: (m, Adam(p, eps=0.0)), "the option eps is 0.0"),
+    "another optimizer": (lambda m, p: (m, torch.optim.Adamax(p)), "Adamax"),
     "a subclass": (lambda m, p: (m, type("Mine", (Adam,), {})(p)), "Mine"),
     "a hook on the model": (lambda m, p: (in_a_loop(m), Adam(p)), "hooks"),
     "frozen": (lambda m, p: (frozen(m), Adam(p)), "frozen"),
@@ -336,8 +336,13 @@ def test_other_data_and_criteria_are_looped() -> None:
     x, targets = data("cpu")
     probabilities = torch.nn.functional.one_hot(targets, OUTPUTS).float()
     cases: list[tuple[Any, Any, Any, str]] = [
-        (x, probabilities, None, "labels"),
-        (x[:, None], targets[:, None], lambda y, t: nn.functional.cross_entropy(y[:, 0], t[:, 0]), "labels"),
+        (x, probabilities.double(), None, "the targets are not torch.float32"),
+        (
+            x[:, None],
+            targets[:, None],
+            lambda y, t: nn.functional.cross_entropy(y[:, 0], t[:, 0]),
+            "a Linear that takes 20",
+        ),
         (x, targets, lambda y, t: nn.functional.cross_entropy(y, t), "criterion"),
         (x, targets, nn.MultiMarginLoss(), "criterion MultiMarginLoss"),
         (x.clone().requires_grad_(), targets, None, "gradient"),

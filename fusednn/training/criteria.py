@@ -102,15 +102,16 @@ def refusal_now(criterion: Any, outputs: int | None, inputs: Tensor, targets: Te
 
 def loss_of(criterion: Any, targets: Tensor) -> Loss:
     """The loss of a criterion that is not refused, as it is now."""
-    name = _KINDS[type(criterion)].loss
+    kind = _KINDS[type(criterion)]
+    name = kind.loss
     if name == "cross_entropy" and targets.is_floating_point():
         name = "cross_entropy_probabilities"
     weight, positive = weights_of(criterion)
     numbers: tuple[float, ...] = ()
     if LOSSES[name].numbers:
         numbers = (float(criterion.beta if name == "smooth_l1" else criterion.delta),)
-    smoothed, mean = numbers_of(criterion)["label_smoothing"] > 0, criterion.reduction == "mean"
-    return Loss(name, mean, weight is not None, smoothed, numbers, positive is not None)
+    smoothed = kind is _CROSS_ENTROPY and criterion.label_smoothing > 0
+    return Loss(name, criterion.reduction == "mean", weight is not None, smoothed, numbers, positive is not None)
 
 
 def takes_labels(criterion: Any, targets: Tensor) -> bool:
@@ -129,6 +130,6 @@ def weights_of(criterion: Any) -> tuple[Tensor | None, Tensor | None]:
 
 def numbers_of(criterion: Any) -> dict[str, Any]:
     """What a kernel is told that is no part of a Step."""
-    if _KINDS[type(criterion)].loss != "cross_entropy":
+    if _KINDS[type(criterion)] is not _CROSS_ENTROPY:
         return {"ignore_index": -100, "label_smoothing": 0.0}
     return {"ignore_index": criterion.ignore_index, "label_smoothing": float(criterion.label_smoothing)}

@@ -102,10 +102,7 @@ def refusal_now(criterion: Any, outputs: int | None, inputs: Tensor, targets: Te
 
 def loss_of(criterion: Any, targets: Tensor) -> Loss:
     """The loss of a criterion that is not refused, as it is now."""
-    kind = _KINDS[type(criterion)]
-    name = kind.loss
-    if name == "cross_entropy" and targets.is_floating_point():
-        name = "cross_entropy_probabilities"
+    kind, name = _KINDS[type(criterion)], _name_of(criterion, targets)
     weight, positive = weights_of(criterion)
     numbers: tuple[float, ...] = ()
     if LOSSES[name].numbers:
@@ -116,7 +113,13 @@ def loss_of(criterion: Any, targets: Tensor) -> Loss:
 
 def takes_labels(criterion: Any, targets: Tensor) -> bool:
     """Whether the targets are labels, which may be out of range."""
-    return LOSSES[_KINDS[type(criterion)].loss].labels and not targets.is_floating_point()
+    return LOSSES[_name_of(criterion, targets)].labels
+
+
+def _name_of(criterion: Any, targets: Tensor) -> str:
+    """That of the loss in LOSSES."""
+    kind = _KINDS[type(criterion)]
+    return "cross_entropy_probabilities" if kind is _CROSS_ENTROPY and targets.is_floating_point() else kind.loss
 
 
 def weights_of(criterion: Any) -> tuple[Tensor | None, Tensor | None]:

@@ -40,10 +40,14 @@ class Job(NamedTuple):
     max_grad_norm: float | None = None
 
     @property
+    def is_scaled(self) -> bool:
+        """Whether the loss or the weight decay of a step is."""
+        return (self.loss_scale, self.decay_scale) != (1.0, 1.0)
+
+    @property
     def is_plain(self) -> bool:
         """Whether a step has no weights of rows, scales or largest norm."""
-        scales = self.loss_scale, self.decay_scale
-        return self.sample_weight is None and self.max_grad_norm is None and scales == (1.0, 1.0)
+        return self.sample_weight is None and self.max_grad_norm is None and not self.is_scaled
 
 
 class Options(TypedDict, total=False):

@@ -127,7 +127,7 @@ def take(optimizer: KernelOptimizer, job: Job, done: int, steps: int) -> tuple[T
 
     They are fewer than `steps` where a function of the caller's raises an error, which `optimizer.finish` raises again.
     """
-    if job.loss_scale == 1.0 == job.decay_scale:
+    if not job.is_scaled:
         return optimizer.take(steps), False
     (scales, error), (decays, other) = series(job.loss_scale, done, steps), series(job.decay_scale, done, steps)
     if decays is not None and len(decays) < (steps if scales is None else len(scales)):
